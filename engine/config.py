@@ -1,0 +1,449 @@
+"""Every field of a run, one frozen dataclass per component. A recipe returns a `RunConfig`.
+
+The text under a field is what `tandem train RECIPE --help` prints. Each class checks itself: an error names the field, the
+value and the rule. Checks that need the number of ranks are in `engine/run.py`.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def check(holds: bool, name: str, value: object, rule: str) -> None:
+    """Raise ValueError "name is value; rule" unless the rule holds."""
+    if not holds:
+        raise ValueError(f"{name} is {value!r}; {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network is trained: a Hugging Face folder, or a Qwen3 from scratch."""
+
+    path: str | None = None
+    """Hugging Face folder (config.json, safetensors, tokenizer). None: a random Qwen3 with the sizes below and the byte-level tokenizer that the project brings."""
+    num_layers: int = 4
+    """Transformer layers (from scratch)."""
+    hidden_size: int = 160
+    """Width of the residual stream (from scratch)."""
+    num_attention_heads: int = 5
+    """Query heads (from scratch)."""
+    num_key_value_heads: int = 1
+    """Key/value heads; divides num_attention_heads (from scratch)."""
+    head_dim: int = 32
+    """Width of one head (from scratch)."""
+    intermediate_size: int = 448
+    """Width of the feed-forward layer (from scratch)."""
+    num_experts: int = 0
+    """Experts per layer; 0 is a dense Qwen3, more a Qwen3-MoE (from scratch)."""
+    num_experts_per_tok: int = 2
+    """Experts each token is sent to (from scratch)."""
+    moe_intermediate_size: int = 128
+    """Width of one expert (from scratch)."""
+    tie_word_embeddings: bool = True
+    """Share the embedding and the output matrix (from scratch)."""
+    context_length: int = 256
+    """Most tokens of prompt plus response. With `path`: must not exceed the model's max_position_embeddings."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary embedding (from scratch)."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "context_length"):
+            check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "it must be at least 1")
+        check(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "model.num_key_value_heads",
+            self.num_key_value_heads,
+            f"it must divide model.num_attention_heads ({self.num_attention_heads})",
+        )
+        check(self.num_experts >= 0, "model.num_experts", self.num_experts, "it must not be negative")
+        if self.num_experts:
+            check(
+                1 <= self.num_experts_per_tok <= self.num_experts,
+                "model.num_experts_per_tok",
+                self.num_experts_per_tok,
+                f"it must lie between 1 and model.num_experts ({self.num_experts})",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the ranks divide the model; what is left over is data parallel."""
+
+    tp: int = 1
+    """Tensor-parallel ranks."""
+    pp: int = 1
+    """Pipeline stages."""
+    vpp: int = 1
+    """Virtual pipeline stages per rank (interleaved schedule)."""
+    cp: int = 1
+    """Context-parallel ranks: parts that a sequence is cut into."""
+    ep: int = 1
+    """Expert-parallel ranks."""
+    etp: int | None = None
+    """Tensor-parallel ranks within an expert. None: 1."""
+    sequence_parallel: bool = False
+    """Split activations outside attention and MLP over the tp ranks."""
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "vpp", "cp", "ep"):
+            check(getattr(self, name) >= 1, f"mesh.{name}", getattr(self, name), "it must be at least 1")
+        check(self.etp is None or self.etp >= 1, "mesh.etp", self.etp, "it must be at least 1")
+        check(
+            not self.sequence_parallel or self.tp > 1,
+            "mesh.sequence_parallel",
+            self.sequence_parallel,
+            f"it needs mesh.tp > 1 (tp is {self.tp})",
+        )
+        check(self.vpp == 1 or self.pp > 1, "mesh.vpp", self.vpp, f"it needs mesh.pp > 1 (pp is {self.pp})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule over the iterations of the run."""
+
+    lr: float = 1e-6
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up from 0."""
+    decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay from lr to min_lr after the warm-up."""
+    decay_start: float = 0.0
+    """Fraction of the schedule after which the decay begins (linear and cosine)."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.95
+    """Decay of the squared gradient's running mean."""
+    eps: float = 1e-8
+    """Added to the root of the second moment. An optimizer that is reset each iteration wants far more than 1e-8."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay per unit of learning rate."""
+    clip_grad: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        check(self.lr >= 0, "optimizer.lr", self.lr, "it must not be negative")
+        check(0 <= self.min_lr <= max(self.lr, 0), "optimizer.min_lr", self.min_lr, f"it must lie between 0 and lr ({self.lr})")
+        check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "it must not be negative")
+        check(0 <= self.decay_start <= 1, "optimizer.decay_start", self.decay_start, "it must lie between 0 and 1")
+        check(self.eps > 0, "optimizer.eps", self.eps, "it must be positive")
+        check(self.clip_grad >= 0, "optimizer.clip_grad", self.clip_grad, "it must not be negative (0 turns it off)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Megatron-core: precision, memory and batching."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations; gradients and optimizer state are always float32."""
+    microbatch_tokens: int = 4096
+    """Most tokens packed into one microbatch on one rank; one longer sequence makes a microbatch of its own."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, those of attention, or all of a layer."""
+    distributed_optimizer: bool = True
+    """Split optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts."""
+    updates_per_iteration: int = 4
+    """Optimizer steps on the responses of one iteration (not given in the paper)."""
+    reset_optimizer: bool = True
+    """Start every iteration with a fresh optimizer, as the paper does."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        check(self.microbatch_tokens >= 1, "trainer.microbatch_tokens", self.microbatch_tokens, "it must be at least 1")
+        check(self.updates_per_iteration >= 1, "trainer.updates_per_iteration", self.updates_per_iteration, "it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The policy loss and the advantages it weighs."""
+
+    variant: Literal["mirror_descent", "grpo", "ppo_clip", "gspo", "rest"] = "mirror_descent"
+    """mirror_descent: Kimi k1.5's squared surrogate on summed log-probs. grpo, ppo_clip: clipped token ratios. gspo: clipped sequence ratio. rest: fit correct responses only."""
+    tau: float = 0.1
+    """Weight of the squared log-ratio to the iteration's reference (mirror_descent; not given in the paper)."""
+    baseline: Literal["mean", "log_mean_exp"] = "mean"
+    """What is subtracted from a reward: the group's mean, or tau*log(mean(exp(reward/tau)))."""
+    clip_low: float = 0.2
+    """Ratio clip below 1 (grpo, ppo_clip, gspo)."""
+    clip_high: float = 0.2
+    """Ratio clip above 1 (grpo, ppo_clip, gspo)."""
+    reference: Literal["recompute", "rollout"] = "recompute"
+    """Log-probs of the policy at the iteration's start: computed by the trainer, or taken from the rollout."""
+    stale_segments: Literal["mask", "train", "correct"] = "mask"
+    """Tokens of earlier policies: left out of the loss, trained as they are, or weighted by a truncated importance ratio."""
+    importance_cap: float = 2.0
+    """Upper bound of the importance ratio (stale_segments=correct, reference=rollout)."""
+    scale: float = 1.0
+    """The loss is multiplied by this; matters where it meets optimizer.eps or clip_grad."""
+
+    def __post_init__(self) -> None:
+        check(self.tau >= 0, "loss.tau", self.tau, "it must not be negative")
+        check(self.baseline != "log_mean_exp" or self.tau > 0, "loss.tau", self.tau, "baseline=log_mean_exp divides by it; set it above 0")
+        check(0 <= self.clip_low < 1, "loss.clip_low", self.clip_low, "it must lie in [0, 1)")
+        check(self.clip_high >= 0, "loss.clip_high", self.clip_high, "it must not be negative")
+        check(self.importance_cap > 0, "loss.importance_cap", self.importance_cap, "it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthPenaltyConfig:
+    """The length reward of the paper (2.3.3), added to the reward with a weight that warms up."""
+
+    weight: float = 0.0
+    """Final weight of the length reward; 0 turns it off (not given in the paper)."""
+    start_step: int = 0
+    """First iteration with a length reward (not given in the paper)."""
+    warmup_steps: int = 1
+    """Iterations over which the weight rises linearly to its final value."""
+
+    def __post_init__(self) -> None:
+        check(self.weight >= 0, "length_penalty.weight", self.weight, "it must not be negative")
+        check(self.start_step >= 0, "length_penalty.start_step", self.start_step, "it must not be negative")
+        check(self.warmup_steps >= 1, "length_penalty.warmup_steps", self.warmup_steps, "it must be at least 1")
+
+    def weight_at(self, step: int) -> float:
+        """The weight of the length reward in iteration `step`."""
+        return self.weight * min(1.0, max(0, step - self.start_step + 1) / self.warmup_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where prompts come from."""
+
+    prompts: str | None = None
+    """JSONL file to train on: fields question|problem|prompt and answer, optional id, domain, level. None: the task that the recipe generates."""
+    eval_prompts: str | None = None
+    """JSONL file of held-out prompts for pass@1. None: the recipe's own test set, or no evaluation when `prompts` is given."""
+    sft: str | None = None
+    """JSONL file (prompt, response) for the supervised warm start. None: the recipe's own."""
+    prompt_template: str = "{question}"
+    """Text given to the tokenizer; {question} is replaced by the prompt."""
+    use_chat_template: bool = False
+    """Wrap the prompt as a user turn in the tokenizer's chat template."""
+    max_prompt_tokens: int | None = None
+    """Prompts with more tokens are an error or skipped (see long_prompts). None: what leaves at least one token of the context for the response."""
+    long_prompts: Literal["error", "skip"] = "error"
+    """What happens to a prompt that is too long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Which prompts are drawn, and how many responses each gets."""
+
+    groups_in_flight: int = 64
+    """Prompts worked on in one iteration over all ranks, resumed ones included."""
+    num_samples: int = 8
+    """Responses per prompt, the paper's k."""
+    prioritised: bool = True
+    """Draw prompt i with probability proportional to 1 - s_i, its success rate (2.3.4). False: uniformly."""
+    priority_floor: float = 0.02
+    """Added to 1 - s_i, so that a solved prompt is still seen now and then."""
+    success_decay: float = 0.5
+    """Weight of the newest success rate in a prompt's running mean; 1 keeps only the newest."""
+    curriculum_steps: int = 0
+    """Iterations over which the highest allowed level rises from the lowest to all; 0 allows all from the start."""
+
+    def __post_init__(self) -> None:
+        check(self.groups_in_flight >= 1, "sampling.groups_in_flight", self.groups_in_flight, "it must be at least 1")
+        check(self.num_samples >= 1, "sampling.num_samples", self.num_samples, "it must be at least 1")
+        check(self.priority_floor >= 0, "sampling.priority_floor", self.priority_floor, "it must not be negative")
+        check(0 < self.success_decay <= 1, "sampling.success_decay", self.success_decay, "it must lie in (0, 1]")
+        check(self.curriculum_steps >= 0, "sampling.curriculum_steps", self.curriculum_steps, "it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepetitionConfig:
+    """When decoding is stopped because a response repeats itself."""
+
+    max_period: int = 64
+    """Longest period watched, in tokens; 0 turns the exact test off."""
+    min_repeats: int = 8
+    """A cycle is a repetition once it was seen this many times in a row."""
+    min_tokens: int = 32
+    """A cycle must also cover this many tokens, so that short runs of one token pass."""
+    ngram: int = 8
+    """Length of the n-grams of the statistical test; 0 turns it off."""
+    ngram_threshold: float = 20.0
+    """The statistical test fires when the running sum of seen-before minus new n-grams passes this."""
+
+    def __post_init__(self) -> None:
+        check(self.max_period >= 0, "repetition.max_period", self.max_period, "it must not be negative (0 turns it off)")
+        check(self.min_repeats >= 2, "repetition.min_repeats", self.min_repeats, "it must be at least 2")
+        check(self.ngram >= 0, "repetition.ngram", self.ngram, "it must not be negative (0 turns it off)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How responses are generated."""
+
+    engine: Literal["embedded"] = "embedded"
+    """embedded: the project's own engine for CPUs and debugging."""
+    tp: int = 1
+    """Consecutive ranks that share one engine; the first of them leads it."""
+    token_budget: int | None = None
+    """Output tokens per rollout phase over all ranks; what is unfinished then continues in the next. None: no limit."""
+    max_response_tokens: int = 128
+    """Longest response over all its segments, in tokens."""
+    temperature: float = 1.0
+    """Softmax temperature of sampling and of the trained log-probs."""
+    top_p: float = 1.0
+    """Nucleus sampling: keep the fewest tokens whose probabilities sum to this."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    max_batch: int = 512
+    """Most responses that one engine decodes at the same time."""
+    repetition: RepetitionConfig = field(default_factory=RepetitionConfig)
+
+    def __post_init__(self) -> None:
+        check(self.tp >= 1, "rollout.tp", self.tp, "it must be at least 1")
+        check(self.token_budget is None or self.token_budget >= 1, "rollout.token_budget", self.token_budget, "it must be at least 1")
+        check(self.max_response_tokens >= 1, "rollout.max_response_tokens", self.max_response_tokens, "it must be at least 1")
+        check(self.temperature > 0, "rollout.temperature", self.temperature, "it must be positive (evaluation is greedy by itself)")
+        check(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "it must lie in (0, 1]")
+        check(self.top_k >= 0, "rollout.top_k", self.top_k, "it must not be negative (0 keeps all)")
+        check(self.max_batch >= 1, "rollout.max_batch", self.max_batch, "it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """The replay buffer and how much of it an update needs."""
+
+    groups_per_update: int = 1
+    """Scored groups, over all ranks, that must be there before the trainer runs; all that are scored are then used."""
+
+    def __post_init__(self) -> None:
+        check(self.groups_per_update >= 1, "replay.groups_per_update", self.groups_per_update, "it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """How a response becomes a reward."""
+
+    repetition_penalty: float = 0.0
+    """Subtracted from the reward of a response that was stopped for repetition."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTStage:
+    """One stage of the supervised warm start (2.5.2: 32k tokens, 2e-5 to 2e-6; then 128k, 1e-5 to 1e-6)."""
+
+    steps: int
+    """Optimizer steps."""
+    batch_tokens: int
+    """Tokens per optimizer step over all ranks, prompts included."""
+    max_tokens: int
+    """Longest example, in tokens; a longer one is an error."""
+    optimizer: OptimizerConfig
+    """Learning rate and schedule of this stage."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens", "max_tokens"):
+            check(getattr(self, name) >= 1, f"sft.{name}", getattr(self, name), "it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving to disk."""
+
+    every: int = 10
+    """Iterations between checkpoints; the last iteration is always saved. 0: only the last."""
+    keep: int = 2
+    """How many checkpoints are kept."""
+
+    def __post_init__(self) -> None:
+        check(self.every >= 0, "checkpoint.every", self.every, "it must not be negative (0 saves only the last)")
+        check(self.keep >= 1, "checkpoint.keep", self.keep, "it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapConfig:
+    """Moving weights from the trainer to the rollout engine."""
+
+    bucket_bytes: int = 4 << 20
+    """Size of one bucket, in bytes; two are in flight."""
+    timeout_s: float = 300.0
+    """Deadline of every wait during a swap, in seconds."""
+
+    def __post_init__(self) -> None:
+        check(self.bucket_bytes >= 4096, "swap.bucket_bytes", self.bucket_bytes, "it must be at least 4096")
+        check(self.timeout_s > 0, "swap.timeout_s", self.timeout_s, "it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Greedy pass@1 on held-out prompts during the run."""
+
+    every: int = 5
+    """Iterations between evaluations; the first and the last are always evaluated. 0: only those."""
+    max_prompts: int | None = None
+    """How many held-out prompts are used. None: all."""
+
+    def __post_init__(self) -> None:
+        check(self.every >= 0, "evaluation.every", self.every, "it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run writes and shows."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (needs the extra `wandb`)."""
+    rollouts_every: int = 1
+    """Iterations between Parquet files of rollouts; 0 writes none. The first and the last are written otherwise."""
+    progress: bool = True
+    """Show progress bars (on a terminal; plain lines otherwise)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. The saved config.json holds these fields, resolved."""
+
+    name: str
+    """Name of the run; also the seed's namespace."""
+    run_dir: str | None = None
+    """Run folder. None: runs/NAME in the folder the command was started in. An existing run there is resumed."""
+    steps: int = 40
+    """Iterations of rollout and training."""
+    seed: int = 0
+    """Everything random is a hash of this and of what it is for."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sft: tuple[SFTStage, ...] = ()
+    """Stages of the supervised warm start, in order; none skips it."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    length_penalty: LengthPenaltyConfig = field(default_factory=LengthPenaltyConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    swap: SwapConfig = field(default_factory=SwapConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        check(self.steps >= 0, "steps", self.steps, "it must not be negative")
+        check(
+            self.rollout.max_response_tokens < self.model.context_length,
+            "rollout.max_response_tokens",
+            self.rollout.max_response_tokens,
+            f"it must be less than model.context_length ({self.model.context_length}), which also holds the prompt",
+        )
+        check(
+            self.replay.groups_per_update <= self.sampling.groups_in_flight,
+            "replay.groups_per_update",
+            self.replay.groups_per_update,
+            f"it must not exceed sampling.groups_in_flight ({self.sampling.groups_in_flight})",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and scalars, for config.json."""
+        return dataclasses.asdict(self)

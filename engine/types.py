@@ -1,0 +1,254 @@
+"""Data that crosses the border between components, and the Protocols that swappable parts meet.
+
+Token ids are the only truth of a response: text is decoded from them for graders and people and never
+tokenised again. Log-probs are natural logarithms (nats).
+"""
+
+import enum
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+class StopState(enum.StrEnum):
+    """Why a response's newest segment ended."""
+
+    FINISHED = "finished"  # the model emitted a stop token
+    LENGTH = "length"  # the response reached its maximum length
+    REPETITION = "repetition"  # the repetition detector stopped it
+    BUDGET = "budget"  # the phase's token budget ran out: resumed in a later iteration
+    ABORTED = "aborted"  # taken back by the caller: resumed in a later iteration
+
+    @property
+    def is_final(self) -> bool:
+        """True when the response is complete and can be graded."""
+        return self not in (StopState.BUDGET, StopState.ABORTED)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One line of the prompts file, tokenised."""
+
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+    answer: str
+    domain: str = "math"
+    level: int = 0  # curriculum level, 0 is the easiest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Tokens that one policy version generated without interruption.
+
+    `logprobs` are the behaviour log-probs: of each sampled token under the temperature-scaled softmax over
+    the whole vocabulary, before top-p and top-k cut it (no renormalisation).
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    policy_version: int
+
+    def __post_init__(self) -> None:
+        assert len(self.token_ids) == len(self.logprobs), (len(self.token_ids), len(self.logprobs))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Response:
+    """One sampled answer to a prompt: segments of one or more policy versions, oldest first."""
+
+    sample: int  # index within the group, 0 … k-1
+    segments: tuple[Segment, ...] = ()
+    stop: StopState = StopState.BUDGET
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token for segment in self.segments for token in segment.token_ids)
+
+    @property
+    def behaviour_logprobs(self) -> tuple[float, ...]:
+        return tuple(logprob for segment in self.segments for logprob in segment.logprobs)
+
+    @property
+    def policy_versions(self) -> tuple[int, ...]:
+        """The policy version of every token."""
+        return tuple(s.policy_version for s in self.segments for _ in s.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """A grader's judgement of one response. `graded=False` means nobody could tell: never a zero."""
+
+    correct: bool
+    answer: str | None = None  # what was extracted from the response
+    reason: str = ""
+    graded: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The k responses of one prompt. Scored once `verdicts` holds one entry per response."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+    verdicts: tuple[Verdict, ...] = ()
+    first_iteration: int = 0  # the iteration in which the prompt was drawn
+
+    @property
+    def is_finished(self) -> bool:
+        return all(response.stop.is_final for response in self.responses)
+
+    @property
+    def success_rate(self) -> float:
+        """Fraction of graded responses that are correct; 0 when none was graded."""
+        graded = [verdict for verdict in self.verdicts if verdict.graded]
+        return sum(verdict.correct for verdict in graded) / len(graded) if graded else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """Ask an engine to continue `token_ids` (prompt and, when resumed, what was generated before)."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    num_prefix_tokens: int  # how many of token_ids were generated in earlier segments (0 when fresh)
+    max_new_tokens: int
+    seed: int  # 63 bits; the token at position p of this request depends on (seed, p) and the logits only
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What an engine made of one request: new tokens only, the stop token included."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stop: StopState
+    policy_version: int
+
+
+class RolloutEngine(Protocol):
+    """Generates with the weights of one policy version. Token ids in, token ids and log-probs out."""
+
+    @property
+    def policy_version(self) -> int:
+        """The version whose weights are committed; -1 before the first."""
+        ...
+
+    def generate(self, requests: Sequence[GenerationRequest], *, token_budget: int | None = None) -> Iterator[Completion]:
+        """Yield one completion per request, as each ends, in no promised order.
+
+        Once `token_budget` new tokens have been generated over all requests, the rest end with
+        StopState.BUDGET and what they have (perhaps nothing). Closing the iterator aborts what is left.
+        """
+        ...
+
+    def abort(self, request_ids: Collection[str] | None = None) -> None:
+        """End these running requests (all when None) with StopState.ABORTED and their partial tokens."""
+        ...
+
+    def close(self) -> None:
+        """Stop the engine and everything it started."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorMeta:
+    """A whole tensor under its Hugging Face name, as it lies in a safetensors file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BucketEntry:
+    """Bytes [tensor_start, tensor_start + num_bytes) of a tensor, lying at bucket_start in a bucket."""
+
+    name: str
+    tensor_start: int
+    num_bytes: int
+    bucket_start: int  # a multiple of 256
+    checksum: int  # xxh3-64 of these bytes as the sender wrote them
+
+
+class WeightSink(Protocol):
+    """The receiving side of a swap: a rollout engine. Old weights stay usable until `commit`."""
+
+    @property
+    def policy_version(self) -> int:
+        """The version whose weights are committed; -1 before the first."""
+        ...
+
+    def prepare(self, policy_version: int, tensors: Sequence[TensorMeta]) -> None:
+        """Begin a transaction; the names, shapes and dtypes must be those of the model."""
+        ...
+
+    def load(self, shared_memory_path: str, entries: Sequence[BucketEntry]) -> None:
+        """Take over one bucket. Verifies every checksum before it returns; the buffer may then be reused.
+
+        Raises: WeightTransferError naming the tensor whose bytes differ.
+        """
+        ...
+
+    def commit(self) -> None:
+        """Make the prepared version the serving one. Raises if any byte of any tensor is missing."""
+        ...
+
+    def rollback(self) -> None:
+        """Forget the transaction; the old version goes on serving. Safe to call without one."""
+        ...
+
+
+class WeightTransferError(RuntimeError):
+    """A swap failed and was rolled back on every rank; names rank, bucket and tensor."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightShard:
+    """One parameter as this trainer rank holds it (the live tensor, not a copy).
+
+    `name` is Megatron's parameter name with *global* layer and expert indices, for example
+    `decoder.layers.3.mlp.experts.local_experts.7.linear_fc1.weight`. `tp_rank` of `tp_size` is the position in the
+    group that splits it: tensor parallel, or expert tensor parallel for expert weights; a parameter that is
+    replicated over that group is held whole by each of its ranks.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    tp_rank: int
+    tp_size: int
+
+
+class WeightSource(Protocol):
+    """The sending side of a swap and of an export: the trainer."""
+
+    @property
+    def hf_config(self) -> Mapping[str, Any]:
+        """The Hugging Face config.json of the model, as a dictionary."""
+        ...
+
+    def weight_shards(self) -> Iterable[WeightShard]:
+        """All parameters of this rank, in a fixed order."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str: ...
