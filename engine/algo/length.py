@@ -1,0 +1,38 @@
+"""The length reward of Kimi k1.5 (arXiv:2501.12599, 2.3.3). Shapes: R responses."""
+
+import torch
+
+
+def length_reward(lengths_R: torch.Tensor, correct_R: torch.Tensor, group_R: torch.Tensor) -> torch.Tensor:
+    """Favour short answers among the responses of one prompt, and punish long wrong ones.
+
+    lambda = 0.5 - (len - min_len) / (max_len - min_len) over the group, wrong responses included. A correct response gets lambda,
+    in [-0.5, 0.5]; a wrong one min(0, lambda), in [-0.5, 0]. A group of equal lengths (k = 1 among them) gets 0.
+
+    Args:
+        lengths_R: [R] tokens of each response, 0 allowed.
+        correct_R: [R] bool.
+        group_R: [R] integers; responses with the same number share a prompt. Need not be sorted or dense.
+    Returns: reward_R, [R] fp32, without weight. Empty for R = 0.
+    Raises: ValueError if the shapes differ, a length is negative, or correct_R is not bool.
+    """
+    if not lengths_R.shape == correct_R.shape == group_R.shape or lengths_R.dim() != 1:
+        raise ValueError(
+            f"lengths_R {tuple(lengths_R.shape)}, correct_R {tuple(correct_R.shape)} and group_R {tuple(group_R.shape)} must be [R] with one R"
+        )
+    if correct_R.dtype != torch.bool:
+        raise ValueError(f"correct_R is {correct_R.dtype}; it must be torch.bool")
+    if lengths_R.numel() == 0:
+        return torch.zeros(0, device=lengths_R.device)
+    if lengths_R.min() < 0:
+        raise ValueError(f"the length of response {int(lengths_R.argmin())} is {int(lengths_R.min())}; it must not be negative")
+    _, slot_R = torch.unique(group_R, return_inverse=True)
+    lengths_R = lengths_R.double()
+    zeros_G = lengths_R.new_zeros(int(slot_R.max()) + 1)
+    shortest_R = zeros_G.scatter_reduce(0, slot_R, lengths_R, "amin", include_self=False)[slot_R]
+    longest_R = zeros_G.scatter_reduce(0, slot_R, lengths_R, "amax", include_self=False)[slot_R]
+    spread_R = longest_R - shortest_R
+    # The clamp only keeps 0/0 out of groups of one length, which the last line sets to 0.
+    lambda_R = 0.5 - (lengths_R - shortest_R) / spread_R.clamp(min=1)
+    reward_R = torch.where(correct_R, lambda_R, lambda_R.clamp(max=0))
+    return torch.where(spread_R > 0, reward_R, 0).float()
