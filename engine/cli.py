@@ -1,0 +1,107 @@
+"""The `tandem` command: one sub-command per entry point."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from tandem.engine.recipes.registry import parse_launch
+
+
+def train(recipe: tyro.conf.Positional[str], nproc: int = 1) -> None:
+    """Run a recipe, or go on with the run in its folder. `tandem train RECIPE --help` explains each field of the recipe.
+
+    Args:
+        recipe: Name of the recipe; its fields follow as --field value.
+        nproc: Ranks to start on this machine.
+    """
+    raise AssertionError("main handles train, whose options depend on the recipe")
+
+
+def export(run: tyro.conf.Positional[Path], to: Path) -> None:
+    """Write the newest checkpoint of a run as a Hugging Face folder (config.json, safetensors, tokenizer).
+
+    Args:
+        run: Run folder.
+        to: Folder to write; must not exist.
+    """
+    from tandem.engine.checkpoint.disk import export_run
+
+    export_run(run, to)
+    print(f"wrote {to}")
+
+
+def evaluate(model: tyro.conf.Positional[Path], prompts: Path, max_response_tokens: int = 1024) -> None:
+    """Greedy pass@1 and response length of a model on a prompts file.
+
+    Args:
+        model: Hugging Face folder, for example of `tandem export`.
+        prompts: JSONL file with the fields question (or problem, prompt) and answer.
+        max_response_tokens: Longest response, in tokens.
+    """
+    from tandem.engine.evaluate import evaluate_model
+
+    for name, value in evaluate_model(model, prompts, max_response_tokens=max_response_tokens).items():
+        print(f"{name}: {value:.4f}")
+
+
+def report(run: tyro.conf.Positional[Path]) -> None:
+    """Write RUN/report.html: one page with the plots, numbers and samples of a run, readable offline.
+
+    Args:
+        run: Run folder.
+    """
+    from tandem.engine.report import write_report
+
+    print(f"wrote {write_report(run)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script. Bad input ends with a message and status 2."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["train"]:
+        _train(args[1:])
+        return
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"train": train, "export": export, "evaluate": evaluate, "report": report},
+            prog="tandem",
+            description="Reinforcement learning of long chain-of-thought models.",
+            args=args,
+            use_underscores=True,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _train(args: list[str]) -> None:
+    launch = parse_launch(args)
+    if launch.nproc == 1:
+        from tandem.engine.train import train as run_recipe
+
+        run_recipe(launch.config)
+        return
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch.nproc}"]
+    command = [sys.executable, *ranks, "-m", "tandem.engine.train", *without_option(args, "--nproc")]
+    os.execv(sys.executable, command)
+
+
+def without_option(args: Sequence[str], option: str) -> list[str]:
+    """The arguments without "--option value" and "--option=value"."""
+    kept = []
+    skip = False
+    for arg in args:
+        if skip:
+            skip = False
+        elif arg == option:
+            skip = True
+        elif not arg.startswith(option + "="):
+            kept.append(arg)
+    return kept
+
+
+if __name__ == "__main__":
+    main()
