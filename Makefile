@@ -1,0 +1,64 @@
+# make train [RECIPE=toy_cpu] [NPROC=2] [ARGS="--steps 10"]     make test     `make help` lists the rest
+
+RECIPE ?= toy_cpu
+NPROC ?= 2
+ARGS ?=
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# where torch comes from, when not from pip's own index: https://download.pytorch.org/whl/cpu spares a machine without a GPU some gigabytes
+TORCH_INDEX ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+
+.PHONY: help install train test test-all lint bench report clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make install                 create .venv and install everything into it (PYTHON=python3.12, TORCH_INDEX=URL)"
+	@echo "make train                   install, then run a recipe (RECIPE=toy_cpu NPROC=2 ARGS='--steps 10')"
+	@echo "make test                    install, then the tests; make test-all adds the slow ones"
+	@echo "make lint                    ruff and pyright"
+	@echo "make bench                   the benchmarks, one after the other"
+	@echo "make report RUN=runs/NAME    write the run's report.html"
+	@echo "make clean                   remove .venv and caches; runs/ stays"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Tandem needs Python 3.11 or later; $(PYTHON) is %d.%d. Set PYTHON=python3.11 (or later)." % v[:2])'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH) (some minutes the first time)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@echo "Installing Tandem and what it needs"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@mkdir -p $(VENV)/links/tandem
+	@ln -sfn ../../../engine $(VENV)/links/tandem/engine
+	@ln -sfn ../../../kernels $(VENV)/links/tandem/kernels
+	@touch $@
+	@echo "Installed into $(VENV)"
+
+train: install
+	$(VENV)/bin/tandem train $(RECIPE) --nproc $(NPROC) $(ARGS)
+
+test: install
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-all: install
+	$(PY) -m pytest $(ARGS)
+
+lint: install
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright
+
+bench: install
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script; done
+
+report: install
+	@test -n "$(RUN)" || { echo "name the run folder: make report RUN=runs/toy_cpu"; exit 2; }
+	$(VENV)/bin/tandem report $(RUN)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
