@@ -325,6 +325,11 @@ class RewardConfig:
 
     repetition_penalty: float = 0.0
     """Subtracted from the reward of a response that was stopped for repetition."""
+    max_response_chars: int = 100_000
+    """Graders read this many characters from the end of a response, where the answer stands."""
+
+    def __post_init__(self) -> None:
+        check(self.max_response_chars >= 1, "reward.max_response_chars", self.max_response_chars, "it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,7 @@ def score_groups(groups: Sequence[Group], *, loss: LossConfig, reward: RewardCon
             raise ValueError(f"the group of prompt {group.prompt.id!r} has no responses; it needs at least one")
         if len(group.verdicts) != len(group.responses):
             raise ValueError(
-                f"the group of prompt {group.prompt.id!r} has {len(group.verdicts)} verdicts for {len(group.responses)} responses; grade it first"
+                f"the group of prompt {group.prompt.id!r} has {len(group.verdicts)} verdicts for {len(group.responses)} responses; grade it"
             )
     sizes = tuple(len(group.responses) for group in groups)
     responses = [response for group in groups for response in group.responses]

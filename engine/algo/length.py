@@ -17,9 +17,8 @@ def length_reward(lengths_R: torch.Tensor, correct_R: torch.Tensor, group_R: tor
     Raises: ValueError if the shapes differ, a length is negative, or correct_R is not bool.
     """
     if not lengths_R.shape == correct_R.shape == group_R.shape or lengths_R.dim() != 1:
-        raise ValueError(
-            f"lengths_R {tuple(lengths_R.shape)}, correct_R {tuple(correct_R.shape)} and group_R {tuple(group_R.shape)} must be [R] with one R"
-        )
+        shapes = [tuple(tensor.shape) for tensor in (lengths_R, correct_R, group_R)]
+        raise ValueError(f"lengths_R, correct_R and group_R have the shapes {shapes}; all must be [R] with one R")
     if correct_R.dtype != torch.bool:
         raise ValueError(f"correct_R is {correct_R.dtype}; it must be torch.bool")
     if lengths_R.numel() == 0:

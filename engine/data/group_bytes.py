@@ -1,0 +1,74 @@
+"""A group as bytes: the length of a JSON header (8 bytes, little endian), the header, then token ids and log-probs as plain arrays.
+
+The header says how many there are; the arrays hold the prompt's token ids (int32), all response token ids (int32) and their
+behaviour log-probs (float32), in the order of responses and segments.
+"""
+
+import dataclasses
+import json
+
+import numpy as np
+
+from tandem.engine.types import Group, Prompt, Response, Segment, StopState, Verdict
+
+
+def group_to_bytes(group: Group) -> bytes:
+    """Exact for token ids and for log-probs that are float32 values."""
+    segments = [segment for response in group.responses for segment in response.segments]
+    header = {
+        "prompt": {**_fields(group.prompt), "token_ids": len(group.prompt.token_ids)},
+        "responses": [
+            {
+                "sample": response.sample,
+                "stop": response.stop.value,
+                "segments": [[len(segment.token_ids), segment.policy_version] for segment in response.segments],
+            }
+            for response in group.responses
+        ],
+        "verdicts": [_fields(verdict) for verdict in group.verdicts],
+        "first_iteration": group.first_iteration,
+    }
+    encoded = json.dumps(header, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    token_ids = [token for segment in segments for token in segment.token_ids]
+    logprobs = [logprob for segment in segments for logprob in segment.logprobs]
+    return b"".join(
+        [
+            len(encoded).to_bytes(8, "little"),
+            encoded,
+            np.array(group.prompt.token_ids, dtype="<i4").tobytes(),
+            np.array(token_ids, dtype="<i4").tobytes(),
+            np.array(logprobs, dtype="<f4").tobytes(),
+        ]
+    )
+
+
+def group_from_bytes(payload: bytes) -> Group:
+    """The inverse of `group_to_bytes`."""
+    start = 8 + int.from_bytes(payload[:8], "little")
+    header = json.loads(payload[8:start].decode("utf-8", "surrogatepass"))
+    num_prompt = header["prompt"]["token_ids"]
+    num_tokens = sum(length for response in header["responses"] for length, _ in response["segments"])
+    prompt_ids = np.frombuffer(payload, "<i4", num_prompt, start)
+    token_ids = np.frombuffer(payload, "<i4", num_tokens, start + 4 * num_prompt).tolist()
+    logprobs = np.frombuffer(payload, "<f4", num_tokens, start + 4 * (num_prompt + num_tokens)).tolist()
+    responses = []
+    end = 0
+    for response in header["responses"]:
+        segments = []
+        for length, policy_version in response["segments"]:
+            begin, end = end, end + length
+            segments.append(
+                Segment(token_ids=tuple(token_ids[begin:end]), logprobs=tuple(logprobs[begin:end]), policy_version=policy_version)
+            )
+        responses.append(Response(sample=response["sample"], segments=tuple(segments), stop=StopState(response["stop"])))
+    return Group(
+        prompt=Prompt(**{**header["prompt"], "token_ids": tuple(prompt_ids.tolist())}),
+        responses=tuple(responses),
+        verdicts=tuple(Verdict(**verdict) for verdict in header["verdicts"]),
+        first_iteration=header["first_iteration"],
+    )
+
+
+def _fields(record: Prompt | Verdict) -> dict[str, object]:
+    """A shallow dataclasses.asdict."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}

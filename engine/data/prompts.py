@@ -1,0 +1,136 @@
+"""Prompts of a JSONL file, checked and tokenised."""
+
+import hashlib
+import logging
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tandem.engine.config import DataConfig, check
+from tandem.engine.data.jsonl import read_jsonl, text_field
+from tandem.engine.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def load_prompts(
+    path: str | Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    config: DataConfig,
+    *,
+    context_length: int,
+    default_domain: str = "math",
+    domains: Collection[str] | None = None,
+) -> list[Prompt]:
+    """Read prompts: a question (`question`, `problem` or `prompt`), its `answer`, optionally `id`, `domain` and `level`.
+
+    An answer is text or a number; of GSM8K's worked solutions ("… #### 18") only what follows the last #### is kept. Without an
+    id a prompt gets a hash of its text, so it is the same in every run and in every order of the file.
+
+    Args:
+        context_length: most tokens of prompt plus response; a prompt must leave room for at least one token.
+        default_domain: of lines without the field.
+        domains: those that can be graded; None accepts any.
+    Raises: ValueError that names file and line for everything that is wrong with a line, and for a prompt that is too long unless
+        config.long_prompts is "skip"; skipped ones are counted and logged.
+    """
+    longest = _longest_prompt(config, context_length)
+    prompts: list[Prompt] = []
+    line_of_id: dict[str, int] = {}
+    too_long: list[int] = []
+    for line, record in read_jsonl(path):
+        where = f"{path}:{line}"
+        text = text_field(record, ("question", "problem", "prompt"), where)
+        prompt = Prompt(
+            id=_id_of(record, text, where),
+            text=text,
+            token_ids=tuple(encode_prompt(text, tokenizer, config)),
+            answer=_answer_of(record, where),
+            domain=_domain_of(record, default_domain, domains, where),
+            level=_level_of(record, where),
+        )
+        if prompt.id in line_of_id:
+            raise ValueError(f"{where}: id {prompt.id!r} is already used in line {line_of_id[prompt.id]}; ids (or texts) must differ")
+        line_of_id[prompt.id] = line
+        if len(prompt.token_ids) > longest:
+            if config.long_prompts == "error":
+                raise ValueError(
+                    f"{where}: the prompt has {len(prompt.token_ids)} tokens and {longest} are allowed; "
+                    "shorten it, raise model.context_length or data.max_prompt_tokens, or set data.long_prompts=skip"
+                )
+            too_long.append(line)
+            continue
+        prompts.append(prompt)
+    if too_long:
+        logger.warning("%s: skipped %d prompts longer than %d tokens (first in line %d)", path, len(too_long), longest, too_long[0])
+    if not prompts:
+        raise ValueError(f"{path}: all {len(too_long)} prompts are longer than {longest} tokens; raise model.context_length")
+    return prompts
+
+
+def encode_prompt(text: str, tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> list[int]:
+    """Token ids of a question under the configured template, special tokens included; what RL and SFT both start from.
+
+    Raises: ValueError if the template lacks {question}, or a chat template is asked for and the tokenizer has none.
+    """
+    check("{question}" in config.prompt_template, "data.prompt_template", config.prompt_template, "it must contain {question}")
+    text = config.prompt_template.replace("{question}", text)
+    if not config.use_chat_template:
+        return tokenizer.encode(text, add_special_tokens=True)
+    if tokenizer.chat_template is None:
+        raise ValueError("data.use_chat_template is True but the tokenizer has no chat template; set it to False, or use another tokenizer")
+    turns = [{"role": "user", "content": text}]
+    # The template writes its special tokens itself.
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert isinstance(rendered, str)
+    return tokenizer.encode(rendered, add_special_tokens=False)
+
+
+def _longest_prompt(config: DataConfig, context_length: int) -> int:
+    if config.max_prompt_tokens is None:
+        return context_length - 1
+    rule = f"it must lie between 1 and {context_length - 1}, one less than the context"
+    check(1 <= config.max_prompt_tokens < context_length, "data.max_prompt_tokens", config.max_prompt_tokens, rule)
+    return config.max_prompt_tokens
+
+
+def _id_of(record: dict[str, Any], text: str, where: str) -> str:
+    if "id" not in record:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    value = record["id"]
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise ValueError(f"{where}: field 'id' is {value!r:.80}; it must be text or a whole number")
+    return str(value)
+
+
+def _answer_of(record: dict[str, Any], where: str) -> str:
+    value = record.get("answer")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: field 'answer' is {value}; it must be finite")
+        return str(int(value)) if value == int(value) else repr(value)
+    text = text_field(record, ("answer",), where).strip()
+    if "####" not in text:
+        return text
+    final = text.rsplit("####", 1)[1].strip()
+    if not final:
+        raise ValueError(f"{where}: field 'answer' has nothing after its last ####; the final answer must stand there")
+    return final
+
+
+def _domain_of(record: dict[str, Any], default: str, domains: Collection[str] | None, where: str) -> str:
+    domain = text_field(record, ("domain",), where) if "domain" in record else default
+    if domains is not None and domain not in domains:
+        raise ValueError(f"{where}: domain {domain!r} has no grader; known are {', '.join(sorted(domains))}")
+    return domain
+
+
+def _level_of(record: dict[str, Any], where: str) -> int:
+    level = record.get("level", 0)
+    if isinstance(level, bool) or not isinstance(level, int) or level < 0:
+        raise ValueError(f"{where}: field 'level' is {level!r:.80}; it must be a whole number, 0 for the easiest")
+    return level
