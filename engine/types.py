@@ -5,7 +5,7 @@ tokenised again. Log-probs are natural logarithms (nats).
 """
 
 import enum
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -120,6 +120,7 @@ class GenerationRequest:
     num_prefix_tokens: int  # how many of token_ids were generated in earlier segments (0 when fresh)
     max_new_tokens: int
     seed: int  # 63 bits; the token at position p of this request depends on (seed, p) and the logits only
+    temperature: float | None = None  # None: the engine's; 0: greedy (log-probs then at temperature 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +142,7 @@ class RolloutEngine(Protocol):
         """The version whose weights are committed; -1 before the first."""
         ...
 
-    def generate(self, requests: Sequence[GenerationRequest], *, token_budget: int | None = None) -> Iterator[Completion]:
+    def generate(self, requests: Sequence[GenerationRequest], *, token_budget: int | None = None) -> Generator[Completion, None, None]:
         """Yield one completion per request, as each ends, in no promised order.
 
         Once `token_budget` new tokens have been generated over all requests, the rest end with

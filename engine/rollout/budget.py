@@ -1,0 +1,114 @@
+"""Partial rollouts (Kimi k1.5, 2.6.2): a phase generates a fixed number of tokens and what is unfinished goes on in the next.
+
+Turns groups into requests for the responses that are not final, and completions back into groups.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+from tandem.engine.config import RolloutConfig
+from tandem.engine.types import Completion, GenerationRequest, Group, Prompt, Response, RolloutEngine, Segment, StopState
+
+SeedOf = Callable[[str, int, int], int]
+
+
+def new_group(prompt: Prompt, num_samples: int, *, first_iteration: int = 0) -> Group:
+    """A group whose `num_samples` responses are yet to be generated."""
+    return Group(prompt=prompt, responses=tuple(Response(sample=i) for i in range(num_samples)), first_iteration=first_iteration)
+
+
+def sample_seed(run_seed: int, iteration: int, prompt_id: str, sample: int, segment: int) -> int:
+    """63 bits that differ for every segment of every sample of a run; a pure function."""
+    text = "\0".join((str(run_seed), str(iteration), prompt_id, str(sample), str(segment)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generate_groups(
+    engine: RolloutEngine,
+    groups: Sequence[Group],
+    *,
+    config: RolloutConfig,
+    context_length: int,
+    seed_of: SeedOf,
+    token_budget: int | None,
+    temperature: float | None = None,
+) -> Iterator[Group]:
+    """Continue every response that is not final, until all are or the budget runs out.
+
+    Args:
+        groups: fresh ones (see `new_group`) and ones cut by an earlier phase. Their order is the engine's schedule.
+        context_length: most tokens of prompt plus response.
+        seed_of: (prompt id, sample, index of the segment that is generated now) → 63-bit seed.
+        token_budget: new tokens over all groups; None: no limit.
+        temperature: instead of the engine's; 0 is greedy (evaluation).
+    Yields: each group as soon as all its responses are final, then those that were cut, in their order. Tokens of this
+        phase are a new segment with the engine's policy version; a response that got none keeps its segments.
+    Raises: ValueError naming the prompt whose group is empty, or that leaves no room for a response in the context.
+    """
+    for group in groups:
+        if not group.responses:
+            raise ValueError(f"the group of prompt {group.prompt.id!r} is empty; it needs at least one response")
+        if len(group.prompt.token_ids) >= context_length:
+            length = len(group.prompt.token_ids)
+            raise ValueError(f"prompt {group.prompt.id!r} has {length} tokens; a context of {context_length} leaves none for a response")
+    return _generate_groups(engine, groups, config.max_response_tokens, context_length, seed_of, token_budget, temperature)
+
+
+def _generate_groups(
+    engine: RolloutEngine,
+    groups: Sequence[Group],
+    max_response_tokens: int,
+    context_length: int,
+    seed_of: SeedOf,
+    token_budget: int | None,
+    temperature: float | None,
+) -> Iterator[Group]:
+    responses = [list(group.responses) for group in groups]
+    num_waiting = [0] * len(groups)
+    requests: list[GenerationRequest] = []
+    place: dict[str, tuple[int, int]] = {}
+    for g, group in enumerate(groups):
+        for i, response in enumerate(group.responses):
+            if response.stop.is_final:
+                continue
+            longest = min(max_response_tokens, context_length - len(group.prompt.token_ids))
+            if response.num_tokens >= longest:
+                responses[g][i] = dataclasses.replace(response, stop=StopState.LENGTH)
+                continue
+            request_id = f"{g}/{group.prompt.id}/{response.sample}"
+            place[request_id] = g, i
+            num_waiting[g] += 1
+            requests.append(
+                GenerationRequest(
+                    request_id=request_id,
+                    token_ids=group.prompt.token_ids + response.token_ids,
+                    num_prefix_tokens=response.num_tokens,
+                    max_new_tokens=longest - response.num_tokens,
+                    seed=seed_of(group.prompt.id, response.sample, len(response.segments)),
+                    temperature=temperature,
+                )
+            )
+
+    def merged(g: int) -> Group:
+        return dataclasses.replace(groups[g], responses=tuple(responses[g]))
+
+    yield from (merged(g) for g in range(len(groups)) if not num_waiting[g])
+    unfinished = {g for g in range(len(groups)) if num_waiting[g]}
+    with contextlib.closing(engine.generate(requests, token_budget=token_budget)) as completions:
+        for completion in completions:
+            g, i = place[completion.request_id]
+            responses[g][i] = _extended(responses[g][i], completion)
+            if all(response.stop.is_final for response in responses[g]):
+                unfinished.remove(g)
+                yield merged(g)
+    yield from (merged(g) for g in sorted(unfinished))
+
+
+def _extended(response: Response, completion: Completion) -> Response:
+    segments = response.segments
+    if completion.token_ids:
+        segment = Segment(token_ids=completion.token_ids, logprobs=completion.logprobs, policy_version=completion.policy_version)
+        segments = (*segments, segment)
+    return dataclasses.replace(response, segments=segments, stop=completion.stop)

@@ -1,0 +1,330 @@
+"""The project's own rollout engine, for CPUs and debugging: the parent's side of a child process (embedded_worker.py).
+
+Meets `RolloutEngine` and `WeightSink`. The child dies with this process; a child that died is noticed at the next call,
+or at once by one that waits for it, and `restart` replaces it by one that has no weights yet.
+"""
+
+import os
+import queue
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Collection, Generator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import torch
+
+from tandem.engine.config import RolloutConfig
+from tandem.engine.rollout.architecture import Architecture, WorkerSetup
+from tandem.engine.types import BucketEntry, Completion, GenerationRequest, TensorMeta
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_LOG_TAIL_BYTES = 3000
+_CLOSE_TIMEOUT_S = 5.0
+
+Message = tuple[str, Any]
+
+
+class PendingLoad:
+    """A bucket on its way: the buffer may be reused once `wait` has returned."""
+
+    def __init__(self, engine: "EmbeddedEngine", number: int) -> None:
+        self._engine = engine
+        self._number = number
+
+    def wait(self) -> None:
+        """Raises: WeightTransferError naming the tensor whose bytes differ."""
+        self._engine._reply(self._number, "load")
+
+
+class EmbeddedEngine:
+    """Generates on the CPU in a child process.
+
+    Log-probs are those of `Completion`: natural logarithms under softmax(logits / temperature) over the whole vocabulary, in
+    float32, not renormalised for top-p and top-k; of greedy requests at temperature 1. The same requests in the same
+    order on the same weights give the same tokens; a sample's random numbers depend on its seed and position only.
+
+    Commands are sent by one thread at a time; `abort` may be called from any.
+    """
+
+    def __init__(
+        self,
+        hf_config: Mapping[str, Any],
+        config: RolloutConfig,
+        *,
+        dtype: str,
+        context_length: int,
+        stop_token_ids: tuple[int, ...],
+        num_threads: int,
+        log_path: Path | None = None,
+        timeout_s: float = 300.0,
+    ) -> None:
+        """Start the child; does not wait for it.
+
+        Args:
+            hf_config: the model's config.json (Qwen3 or Qwen3-MoE).
+            dtype: "float32" or "bfloat16", of weights and activations; logits and log-probs are float32.
+            context_length: most tokens of prompt plus response.
+            log_path: where the child's stderr is appended; None: a temporary file, shown in errors only.
+            timeout_s: deadline of every answer to a weight command, in seconds.
+        Raises: ValueError if the model or the dtype is not supported.
+        """
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; the embedded rollout engine has {' and '.join(_DTYPES)}")
+        if num_threads < 1:
+            raise ValueError(f"num_threads is {num_threads}; it must be at least 1")
+        self._setup = WorkerSetup(
+            architecture=Architecture.from_hf(hf_config),
+            config=config,
+            dtype=_DTYPES[dtype],
+            context_length=context_length,
+            stop_token_ids=tuple(stop_token_ids),
+            num_threads=num_threads,
+        )
+        self._log_path = log_path
+        self._timeout_s = timeout_s
+        self._start()
+
+    def _start(self) -> None:
+        self._policy_version = -1
+        self._generating = False
+        self._num_sent = 0
+        self._num_answered = 0
+        self._answers: dict[int, Any] = {}
+        self._log: IO[bytes] = tempfile.TemporaryFile() if self._log_path is None else self._log_path.open("a+b")  # noqa: SIM115
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "tandem.engine.rollout.embedded_worker", str(theirs.fileno()), str(os.getpid())]
+            self._process = subprocess.Popen(
+                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
+            )
+        self._connection = Connection(ours.detach())
+        self._send_lock = threading.Lock()
+        # A thread of its own empties the socket, so that the child never waits while its parent grades.
+        self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=_read, args=(self._connection, self._messages), daemon=True, name="embedded-engine")
+        self._reader.start()
+        self._finalizer = weakref.finalize(self, _stop, self._process, self._connection, self._reader, os.getpid())
+        self._send("setup", self._setup)
+
+    @property
+    def policy_version(self) -> int:
+        """The version whose weights are committed; -1 before the first and after a restart."""
+        return self._policy_version
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    def generate(self, requests: Sequence[GenerationRequest], *, token_budget: int | None = None) -> Generator[Completion, None, None]:
+        """See `RolloutEngine.generate`. Requests are admitted in their order; when the budget runs out within a step, the
+        earliest requests get the last tokens. `max_new_tokens` of 0 ends with StopState.LENGTH.
+
+        Raises: ValueError naming the request that does not fit the context or is malformed; RuntimeError when no weights are
+            committed, when a generation runs already, or when the child died.
+        """
+        self._check(requests)
+        if token_budget is not None and token_budget < 0:
+            raise ValueError(f"token_budget is {token_budget}; it must not be negative")
+        self._check_idle("generate")
+        if self._policy_version < 0:
+            raise RuntimeError(f"{self._name()} has no weights; commit a version first")
+        return self._generate(tuple(requests), token_budget)
+
+    def _generate(self, requests: tuple[GenerationRequest, ...], token_budget: int | None) -> Generator[Completion, None, None]:
+        if not requests:
+            return
+        self._check_idle("generate")
+        self._send("generate", requests, token_budget)
+        self._generating = True
+        try:
+            while True:
+                kind, payload = self._receive()
+                if kind == "generated":
+                    self._generating = False
+                    if payload is not None:
+                        raise RuntimeError(f"{self._name()} failed to generate: {payload!r}\n{self._log_tail()}") from payload
+                    return
+                for index, tokens, logprobs, stop in payload:
+                    yield Completion(
+                        request_id=requests[index].request_id,
+                        token_ids=tuple(tokens.tolist()),
+                        logprobs=tuple(logprobs.tolist()),
+                        stop=stop,
+                        policy_version=self._policy_version,
+                    )
+        finally:
+            if self._generating:
+                self.abort()
+                while self._generating:
+                    message = self._messages.get()
+                    self._generating = message is not None and message[0] != "generated"
+                    if message is None:
+                        self._messages.put(None)
+
+    def _check(self, requests: Sequence[GenerationRequest]) -> None:
+        context, vocab_size = self._setup.context_length, self._setup.architecture.vocab_size
+        seen: set[str] = set()
+        for request in requests:
+            name, length = f"request {request.request_id!r}", len(request.token_ids)
+            if request.request_id in seen:
+                raise ValueError(f"{name} occurs twice; request ids must differ")
+            seen.add(request.request_id)
+            if not length:
+                raise ValueError(f"{name} has no tokens; it needs at least one to continue")
+            if request.max_new_tokens < 0:
+                raise ValueError(f"{name}: max_new_tokens is {request.max_new_tokens}; it must not be negative")
+            if length + request.max_new_tokens > context:
+                raise ValueError(
+                    f"{name}: {length} tokens and max_new_tokens={request.max_new_tokens} exceed the context of {context} tokens"
+                )
+            if not 0 <= request.num_prefix_tokens < length:
+                raise ValueError(f"{name}: num_prefix_tokens is {request.num_prefix_tokens}; it must lie in [0, {length})")
+            if not 0 <= request.seed < 1 << 63:
+                raise ValueError(f"{name}: seed is {request.seed}; it must lie in [0, 2**63)")
+            if request.temperature is not None and request.temperature < 0:
+                raise ValueError(f"{name}: temperature is {request.temperature}; it must not be negative")
+            if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
+                raise ValueError(f"{name}: token ids must lie in [0, {vocab_size})")
+
+    def abort(self, request_ids: Collection[str] | None = None) -> None:
+        """See `RolloutEngine.abort`. Nothing happens when no generation runs; ids that are not running are ignored."""
+        if self._generating:
+            try:
+                self._send("abort", None if request_ids is None else frozenset(request_ids))
+            except RuntimeError:
+                return  # the child died: whoever iterates over the generation is told
+
+    def prepare(self, policy_version: int, tensors: Sequence[TensorMeta]) -> None:
+        """See `WeightSink.prepare`. A transaction that was open is rolled back.
+
+        Raises: WeightTransferError naming the tensor that is missing, unknown, or of another shape or dtype.
+        """
+        self._command("prepare", policy_version, tuple(tensors))
+
+    def load(self, shared_memory_path: str, entries: Sequence[BucketEntry]) -> None:
+        """See `WeightSink.load`."""
+        self.load_async(shared_memory_path, entries).wait()
+
+    def load_async(self, shared_memory_path: str, entries: Sequence[BucketEntry]) -> PendingLoad:
+        """Hand over one bucket and return; the next may be filled meanwhile. `commit` fails if any load failed."""
+        return PendingLoad(self, self._submit("load", shared_memory_path, tuple(entries)))
+
+    def commit(self) -> None:
+        """See `WeightSink.commit`. Nothing computed with the old weights is kept."""
+        self._policy_version = self._command("commit")
+
+    def rollback(self) -> None:
+        """See `WeightSink.rollback`."""
+        self._command("rollback")
+
+    def restart(self) -> None:
+        """Replace the child, dead or alive, by one without weights (policy_version -1)."""
+        self.close()
+        self._start()
+
+    def close(self) -> None:
+        """Stop the child. May be called twice."""
+        self._finalizer()
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _command(self, command: str, *arguments: Any) -> Any:
+        return self._reply(self._submit(command, *arguments), command)
+
+    def _submit(self, command: str, *arguments: Any) -> int:
+        self._check_idle(command)
+        self._send(command, *arguments)
+        self._num_sent += 1
+        return self._num_sent
+
+    def _reply(self, number: int, command: str) -> Any:
+        """The answer to a command; answers come in the order of the commands."""
+        while number > self._num_answered:
+            kind, payload = self._receive(self._timeout_s, command)
+            assert kind == "reply", kind
+            self._num_answered += 1
+            self._answers[self._num_answered] = payload
+        answer = self._answers.pop(number)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _check_idle(self, command: str) -> None:
+        if self._generating:
+            raise RuntimeError(f"{command} while {self._name()} generates; finish or close the generation first")
+
+    def _send(self, command: str, *arguments: Any) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError(f"{self._name()} is closed")
+        try:
+            with self._send_lock:
+                self._connection.send((command, arguments))
+        except OSError as error:
+            raise self._died() from error
+
+    def _receive(self, timeout_s: float | None = None, command: str = "") -> Message:
+        try:
+            message = self._messages.get(timeout=timeout_s)
+        except queue.Empty:
+            self._process.kill()  # a late answer would be taken for the next command's
+            message = f"{self._name()} did not answer {command!r} within {timeout_s:g} s and was killed"
+            raise RuntimeError(f"{message}\n{self._log_tail()}") from None
+        if message is None:
+            self._messages.put(None)
+            raise self._died()
+        return message
+
+    def _died(self) -> RuntimeError:
+        self._generating = False
+        self._policy_version = -1
+        try:
+            status = f"exit status {self._process.wait(_CLOSE_TIMEOUT_S)}"
+        except subprocess.TimeoutExpired:
+            status = "its socket closed"
+        return RuntimeError(f"{self._name()} died ({status}); call restart() and send the weights again\n{self._log_tail()}")
+
+    def _name(self) -> str:
+        return f"embedded rollout engine (process {self._process.pid})"
+
+    def _log_tail(self) -> str:
+        if self._log.closed:
+            return ""
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - _LOG_TAIL_BYTES))
+        text = self._log.read().decode(errors="replace").strip()
+        where = "its log" if self._log_path is None else str(self._log_path)
+        return f"the end of {where}:\n{text}" if text else f"{where} is empty"
+
+
+def _read(connection: Connection, messages: "queue.SimpleQueue[Message | None]") -> None:
+    """Move messages to the queue until the socket closes; None is the last."""
+    while True:
+        try:
+            messages.put(connection.recv())
+        except (EOFError, OSError):
+            messages.put(None)
+            return
+
+
+def _stop(process: subprocess.Popen[bytes], connection: Connection, reader: threading.Thread, owner_pid: int) -> None:
+    """Runs at `close`, when the engine is garbage, and at the interpreter's exit; in forked children it does nothing."""
+    if os.getpid() != owner_pid:
+        return
+    # The child holds nothing worth saving, and it may be in the middle of a long step.
+    process.kill()
+    process.wait()
+    reader.join(_CLOSE_TIMEOUT_S)  # sees the end of the socket
+    connection.close()
