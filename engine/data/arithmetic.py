@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tandem.engine.config import check
+from tandem.engine.config import ArithmeticTask
 
 Split = Literal["train", "validation", "test"]
 Style = Literal["verbose", "terse", "direct"]
@@ -27,55 +27,6 @@ Style = Literal["verbose", "terse", "direct"]
 DOMAIN = "arithmetic"
 # A level with fewer prompts than are asked for ends in an error after this many fruitless tries per prompt.
 TRIES_PER_PROMPT = 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArithmeticTask:
-    """The numbers of the task. The annotator's habits shape the supervised examples only."""
-
-    modulus: int = 30
-    """Every value is taken modulo this; the first one lies between 1 and modulus - 1."""
-    min_operations: int = 2
-    """Operations of level 0."""
-    max_operations: int = 6
-    """Operations of the highest level."""
-    min_operand: int = 2
-    """Smallest operand."""
-    max_operand: int = 9
-    """Largest operand."""
-    operators: str = "+-*"
-    """Operators drawn from, each with the same probability."""
-    direct_probability: tuple[float, ...] = (0.1, 0.2, 0.6, 0.75, 0.8)
-    """How often the annotator answers without steps, for min_operations to max_operations operations."""
-    verbose_share: float = 0.65
-    """Share of verbose among the answers with steps; the rest are terse."""
-    slip_probability: float = 0.0
-    """How often the annotator slips in a step that invites it: a difference below 0 loses its sign, a product with 7 becomes one with 8."""
-    validation_share: float = 0.1
-    """Share of all prompts, by hash, that only the validation split holds."""
-    test_share: float = 0.1
-    """Share of all prompts, by hash, that only the test split holds."""
-
-    def __post_init__(self) -> None:
-        check(self.modulus >= 2, "task.modulus", self.modulus, "it must be at least 2")
-        check(self.min_operations >= 1, "task.min_operations", self.min_operations, "it must be at least 1")
-        rule = f"it must be at least min_operations ({self.min_operations})"
-        check(self.max_operations >= self.min_operations, "task.max_operations", self.max_operations, rule)
-        rule = f"it must lie between 0 and max_operand ({self.max_operand})"
-        check(0 <= self.min_operand <= self.max_operand, "task.min_operand", self.min_operand, rule)
-        known = bool(self.operators) and set(self.operators) <= set("+-*")
-        check(known, "task.operators", self.operators, "it must be made of +, - and *")
-        rule = f"it needs one probability in [0, 1] for each of {self.min_operations} to {self.max_operations} operations"
-        fits = len(self.direct_probability) == self.num_levels and all(0 <= p <= 1 for p in self.direct_probability)
-        check(fits, "task.direct_probability", self.direct_probability, rule)
-        for name in ("verbose_share", "slip_probability", "validation_share", "test_share"):
-            check(0 <= getattr(self, name) <= 1, f"task.{name}", getattr(self, name), "it must lie in [0, 1]")
-        rule = "with validation_share it must stay below 1, or nothing is left to train on"
-        check(self.validation_share + self.test_share < 1, "task.test_share", self.test_share, rule)
-
-    @property
-    def num_levels(self) -> int:
-        return self.max_operations - self.min_operations + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +110,35 @@ def split_of(task: ArithmeticTask, text: str) -> Split:
     return "validation" if position < task.test_share + task.validation_share else "train"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskFiles:
+    """Where the files of a generated task lie; a user's own files can take the place of each."""
+
+    prompts: Path
+    sft: Path
+    validation: Path
+    test: Path
+
+
+def write_task_files(task: ArithmeticTask, folder: str | Path, *, seed: int) -> TaskFiles:
+    """Generate the task's data into `folder`. The test and validation files do not depend on the seed: runs are compared on them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = TaskFiles(**{name: folder / f"{name}.jsonl" for name in ("prompts", "sft", "validation", "test")})
+    write_jsonl(files.prompts, prompts(task, task.num_prompts, seed))
+    write_jsonl(files.sft, sft_examples(task, task.num_sft_examples, seed))
+    write_jsonl(files.validation, prompts(task, task.num_validation, 0, "validation"))
+    write_jsonl(files.test, prompts(task, task.num_test, 0, "test"))
+    return files
+
+
 def write_jsonl(path: str | Path, records: Iterable[Mapping[str, str | int]]) -> None:
-    """Write records as the JSONL that a user's own file would be."""
-    with Path(path).open("w", encoding="utf-8") as file:
+    """Write one JSON object per line. The file appears whole or not at all."""
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(dict(record)) + "\n" for record in records)
+    unfinished.replace(path)
 
 
 def _draw(task: ArithmeticTask, num_operations: int, split: Split, generator: random.Random) -> Problem:
@@ -187,7 +163,7 @@ def _style(task: ArithmeticTask, num_operations: int, generator: random.Random) 
 def _step(task: ArithmeticTask, value: int, operator: str, operand: int, generator: random.Random) -> int:
     if task.slip_probability and generator.random() < task.slip_probability:
         if operator == "-" and value < operand:
-            return operand - value
+            return (operand - value) % task.modulus
         if operator == "*" and operand == 7:
             return _apply(value, "*", 8, task.modulus)
     return _apply(value, operator, operand, task.modulus)

@@ -32,7 +32,7 @@ class Judge:
         for response in group.responses:
             if not response.stop.is_final:
                 raise ValueError(
-                    f"sample {response.sample} of prompt {group.prompt.id!r} stopped by {response.stop.value}; only finished ones are graded"
+                    f"sample {response.sample} of prompt {group.prompt.id!r} stopped by {response.stop.value}; grade finished ones only"
                 )
         return dataclasses.replace(group, verdicts=tuple(self._grade(group.prompt, response) for response in group.responses))
 
