@@ -85,6 +85,9 @@ class PlainDisplay:
             if self._is_due():
                 self.say(f"warm start · {numbers_line(values)}")
             return
+        if step >= self._num_steps:
+            self.say(f"after {self._num_steps} iterations · {numbers_line(values)}")
+            return
         self._latest.update(values)
         left = self._clock.after(step, seconds)
         self.say(f"iteration {step + 1}/{self._num_steps} · {numbers_line(self._latest)} · {duration(seconds)} · {left} left")
@@ -131,6 +134,9 @@ class TerminalDisplay:
             return
         self._latest.update({name: value for name, value in values.items() if not name.startswith("sft/")})
         self._numbers.plain = numbers_line(self._latest)
+        if step >= self._num_steps:
+            self._bars.update(self._run, description=f"{self._num_steps} iterations", completed=self._num_steps, note="done")
+            return
         note = f"{self._clock.after(step, seconds)} left"
         self._bars.update(self._run, description=f"iteration {step + 1}/{self._num_steps}", completed=step + 1, note=note)
 
