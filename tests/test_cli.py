@@ -1,0 +1,190 @@
+"""The command line: every field explained, every mistake answered."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.engine import cli, config
+from tandem.engine.config import RunConfig, SFTStage
+from tandem.engine.recipes import registry
+from tandem.engine.recipes.registry import RECIPES, parse_launch, parse_recipe
+
+CONFIG_SOURCE = Path(config.__file__).read_text(encoding="utf-8")
+
+
+def config_classes() -> list[type[Any]]:
+    """RunConfig and every dataclass that it holds."""
+    found: list[type[Any]] = []
+
+    def visit(kind: Any) -> None:
+        for part in typing.get_args(kind):
+            visit(part)
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind not in found:
+            found.append(kind)
+            for hint in typing.get_type_hints(kind).values():
+                visit(hint)
+
+    visit(RunConfig)
+    return found
+
+
+def documented_fields() -> dict[str, set[str]]:
+    """Of each class of config.py, the fields that have a text under them."""
+    documented: dict[str, set[str]] = {}
+    for node in ast.parse(CONFIG_SOURCE).body:
+        if isinstance(node, ast.ClassDef):
+            pairs = zip(node.body, node.body[1:], strict=False)
+            documented[node.name] = {
+                field.target.id
+                for field, text in pairs
+                if isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            }
+    return documented
+
+
+def test_every_field_of_a_run_has_a_text() -> None:
+    documented = documented_fields()
+    missing = [
+        f"{kind.__name__}.{field.name}"
+        for kind in config_classes()
+        for field in dataclasses.fields(kind)
+        if field.name not in documented[kind.__name__] and not dataclasses.is_dataclass(typing.get_type_hints(kind)[field.name])
+    ]
+    assert missing == []
+    assert all(kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(") for kind in config_classes())
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
+def test_help_of_a_recipe_explains_every_field(recipe: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as ended:
+        parse_launch([recipe.__name__, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+
+    def leaves(value: Any, prefix: str = "") -> list[str]:
+        names = []
+        for field in dataclasses.fields(value):
+            inner = getattr(value, field.name)
+            names += leaves(inner, f"{prefix}{field.name}.") if dataclasses.is_dataclass(inner) else [prefix + field.name]
+        return names
+
+    for name in leaves(recipe()):
+        if name != "sft":  # its stages are options of their own
+            assert re.search(rf"--{re.escape(name)} \S", shown), name
+    assert "--nproc INT" in shown
+    assert "Softmax temperature of sampling" in shown
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
+def test_a_recipe_is_a_valid_run_named_like_its_function(recipe: Any) -> None:
+    assert recipe().name == recipe.__name__
+    assert recipe.__doc__, "its first line is shown in the list of recipes"
+
+
+def small() -> RunConfig:
+    """A run with a warm start."""
+    optimizer = config.OptimizerConfig(lr=1e-3)
+    return RunConfig(name="small", sft=(SFTStage(steps=3, batch_tokens=100, max_tokens=50, optimizer=optimizer),))
+
+
+def test_fields_change_by_their_dotted_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "RECIPES", (small,))
+    args = ["--rollout.temperature", "0.5", "--log.progress", "False", "--rollout.token_budget", "900", "--mesh.tp=2", "--steps", "7"]
+    parsed = parse_recipe(["small", *args])
+    assert (parsed.rollout.temperature, parsed.log.progress, parsed.rollout.token_budget, parsed.mesh.tp, parsed.steps) == (
+        0.5,
+        False,
+        900,
+        2,
+        7,
+    )
+    assert parsed.sft == small().sft
+    assert dataclasses.replace(parsed, rollout=small().rollout, log=small().log, mesh=small().mesh, steps=small().steps) == small()
+
+
+def test_a_stage_of_the_warm_start_can_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "RECIPES", (small,))
+    [stage] = parse_recipe(["small", "--sft.0.steps", "9", "--sft.0.optimizer.lr", "0.5"]).sft
+    assert (stage.steps, stage.batch_tokens, stage.optimizer.lr) == (9, 100, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ([], ["no recipe was named", "toy_cpu"]),
+        (["toy_cp"], ["'toy_cp' is no recipe", "did you mean toy_cpu?", "known recipes: "]),
+        (["zzz"], ["'zzz' is no recipe", "known recipes: toy_cpu"]),
+        (["toy_cpu", "--rollout.temprature", "1"], ["--rollout.temprature", "--rollout.temperature"]),
+        (["toy_cpu", "--rollout.temperature", "-1"], ["rollout.temperature is -1.0", "must be positive"]),
+        (["toy_cpu", "--rollout.temperature", "warm"], ["--rollout.temperature", "'warm'"]),
+        (["toy_cpu", "--replay.groups_per_update", "100000"], ["replay.groups_per_update is 100000", "must not exceed"]),
+    ],
+)
+def test_a_mistake_ends_with_status_2_and_says_what_is_right(argv: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_launch(argv)
+    assert ended.value.code == 2
+    shown = " ".join(re.sub("[│╭╰╮╯─]", " ", "".join(capsys.readouterr())).split())
+    for part in parts:
+        assert part in shown
+
+
+def test_every_sub_command_has_help_that_explains_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {
+        ("--help",): ["train", "export", "evaluate", "report"],
+        ("train", "--help"): ["toy_cpu", "RECIPE"],
+        ("report", "--help"): ["Run folder."],
+        ("export", "--help"): ["Run folder.", "--to PATH"],
+        ("evaluate", "--help"): ["--prompts PATH", "in tokens"],
+    }
+    for argv, parts in texts.items():
+        with pytest.raises(SystemExit) as ended:
+            cli.main(argv)
+        shown = capsys.readouterr().out
+        assert ended.value.code == 0
+        assert all(part in shown for part in parts), shown
+
+
+def test_a_report_on_a_folder_that_is_no_run_ends_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "kept"),
+    [
+        (["toy_cpu", "--nproc", "2", "--steps", "3"], ["toy_cpu", "--steps", "3"]),
+        (["toy_cpu", "--steps", "3", "--nproc=2"], ["toy_cpu", "--steps", "3"]),
+        (["toy_cpu"], ["toy_cpu"]),
+    ],
+)
+def test_the_launcher_keeps_its_own_option(args: list[str], kept: list[str]) -> None:
+    assert cli.without_option(args, "--nproc") == kept
+
+
+def test_several_ranks_are_started_with_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(cli.os, "execv", lambda _, command: started.append(command))
+    cli.main(["train", "toy_cpu", "--nproc", "3", "--steps", "1"])
+    [command] = started
+    assert command[0] == sys.executable
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    assert command[5:] == ["-m", "tandem.engine.train", "toy_cpu", "--steps", "1"]
+
+
+def test_help_starts_without_importing_torch() -> None:
+    code = "import sys, tandem.engine.cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
