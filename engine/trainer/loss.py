@@ -1,0 +1,88 @@
+"""From the log-probs of a microbatch to its part of the loss and to sums for the log.
+
+Every rank of the last pipeline stage sees the whole microbatch (log-probs are gathered over context parallelism), and the caller hands
+in the normaliser of the global batch, so that the gradient does not depend on how the batch is split.
+
+Shapes: T tokens, R responses.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from tandem.engine.algo.pack import Microbatch
+from tandem.engine.config import LossConfig
+from tandem.kernels.policy_loss import policy_loss
+
+# Places in the vector of sums that goes with each microbatch; those after MISMATCH_MAX are maxima.
+LOSS, TOKENS, ENTROPY, KL, ON_POLICY, MISMATCH, MISMATCH_MAX = range(7)
+NUM_SUMS = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervised:
+    """Cross entropy summed over the trained tokens and divided by the normaliser (their number over all ranks)."""
+
+    normaliser: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The policy loss summed over responses and divided by the normaliser.
+
+    `reference_T`: log-probs of the policy at the iteration's start. None: take the rollout's, and weigh every token by the truncated
+    ratio of the trained to the rollout's probability.
+    """
+
+    config: LossConfig
+    normaliser: float
+    reference_T: torch.Tensor | None
+
+
+Objective = Supervised | Policy
+
+
+def microbatch_loss(
+    objective: Objective, microbatch: Microbatch, logprobs_T: torch.Tensor, entropy_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, sums): a scalar to differentiate, and [NUM_SUMS] fp64 without a gradient. Both add up over microbatches and ranks."""
+    mask_T = microbatch.loss_mask_T
+    sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=logprobs_T.device)
+    with torch.no_grad():
+        sums[TOKENS], sums[ENTROPY] = mask_T.sum(), entropy_T.sum()
+    if isinstance(objective, Supervised):
+        total = -torch.where(mask_T, logprobs_T, 0.0).double().sum()
+        sums[LOSS] = total.detach() / objective.normaliser
+        return (total / objective.normaliser).float(), sums
+    config = objective.config
+    behaviour_T, detached_T = microbatch.behaviour_logprobs_T, logprobs_T.detach()
+    reference_T = behaviour_T if objective.reference_T is None else objective.reference_T
+    on_policy_T = mask_T & microbatch.on_policy_T
+    weights_T = None
+    if objective.reference_T is None:
+        weights_T = (detached_T - behaviour_T).exp().clamp(max=config.importance_cap)
+    elif config.stale_segments == "correct":
+        weights_T = torch.where(on_policy_T, 1.0, (reference_T - behaviour_T).exp().clamp(max=config.importance_cap))
+    if weights_T is not None:
+        weights_T = torch.where(mask_T, weights_T, 1.0)
+    loss_R = policy_loss(
+        logprobs_T,
+        reference_T,
+        microbatch.advantages_R,
+        microbatch.cu_seqlens,
+        tau=config.tau,
+        loss_mask_T=mask_T,
+        variant=config.variant,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        importance_weights_T=weights_T,
+    )
+    total = loss_R.double().sum() / objective.normaliser
+    with torch.no_grad():
+        log_ratio_T = torch.where(mask_T, detached_T - reference_T, 0.0)
+        mismatch_T = torch.where(on_policy_T, (detached_T - behaviour_T).abs(), 0.0)
+        sums[LOSS] = total
+        # KL(reference || policy) from tokens of about the reference: r - 1 - log r, never negative.
+        sums[KL] = (log_ratio_T.expm1() - log_ratio_T).sum()
+        sums[ON_POLICY], sums[MISMATCH], sums[MISMATCH_MAX] = on_policy_T.sum(), mismatch_T.sum(), mismatch_T.amax()
+    return (total * config.scale).float(), sums

@@ -1,0 +1,337 @@
+"""The trainer: a Megatron-core model, its optimizer, and the passes over microbatches.
+
+Every rank of a data-parallel index (its tp, pp and cp ranks) is handed the same microbatches; all methods that compute are collectives.
+
+Shapes: T tokens of a microbatch, L tokens of one context-parallel rank, R responses.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from tandem.engine.algo.pack import Microbatch, build_microbatch
+from tandem.engine.config import LossConfig, OptimizerConfig, TrainerConfig
+from tandem.engine.trainer import loss as losses
+from tandem.engine.trainer import optimizer as optimizers
+from tandem.engine.trainer.batch import LocalBatch, localise, num_local_tokens
+from tandem.engine.trainer.context_parallel import gather_replicated
+from tandem.engine.trainer.layers import check_hf_config, inverse_frequencies, transformer_config
+from tandem.engine.trainer.mesh import Mesh
+from tandem.engine.trainer.model import build_chunks, initialise, weight_shards
+from tandem.engine.types import WeightShard
+
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is NaN or infinite; the weights are those of before the step."""
+
+
+class MegatronTrainer:
+    """Owns this rank's part of the model and of the optimizer."""
+
+    def __init__(
+        self,
+        hf_config: Mapping[str, Any],
+        mesh: Mesh,
+        config: TrainerConfig,
+        loss: LossConfig,
+        temperature: float,
+        seed: int | None,
+    ) -> None:
+        """Build model and optimizer.
+
+        Args:
+            hf_config: config.json of a qwen3 or qwen3_moe.
+            temperature: of the rollout; log-probs are of the softmax over logits / temperature.
+            seed: of the random weights; the same for every layout of the ranks. None leaves them unset: write into the tensors of
+                `weight_shards` and call `weights_changed`.
+        Raises: ValueError for a model that the layers do not compute.
+        """
+        check_hf_config(hf_config)
+        self._hf_config, self.mesh, self.config, self.loss = dict(hf_config), mesh, config, loss
+        # All microbatches of a pass have one length where stages or experts cannot tell each other theirs.
+        self._one_length = mesh.config.vpp > 1 or (mesh.ep_size > 1 and config.moe_dispatcher == "allgather")
+        self._model_config = transformer_config(hf_config, mesh, config, variable_lengths=mesh.pp_size > 1 and not self._one_length)
+        self._inverse_frequencies_D = inverse_frequencies(hf_config, torch.empty(0, device=torch.cuda.current_device()).device)
+        self._chunks = build_chunks(self._model_config, hf_config, mesh, temperature)
+        if seed is not None:
+            initialise(self._chunks, mesh, seed)
+        ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=config.distributed_optimizer,
+            overlap_grad_reduce=config.overlap_grad_reduce,
+            grad_reduce_in_fp32=True,
+        )
+        wrapped = [Float16Module(self._model_config, chunk) for chunk in self._chunks] if self._model_config.bf16 else self._chunks
+        self._ddp = [
+            DistributedDataParallel(self._model_config, ddp_config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
+        ]
+        self._model_config.finalize_model_grads_func = _sum_gradients
+        if config.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self._ddp]
+            self._model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # pyright: ignore[reportAttributeAccessIssue]
+        self._optimizer = optimizers.build_optimizer(config, self._ddp)
+        self._lr = config.optimizer.lr
+
+    @property
+    def hf_config(self) -> Mapping[str, Any]:
+        """The Hugging Face config.json of the model, as a dictionary."""
+        return self._hf_config
+
+    def weight_shards(self) -> list[WeightShard]:
+        """All parameters of this rank, live, in a fixed order. After writing into them call `weights_changed`."""
+        return weight_shards(self._chunks, self.mesh)
+
+    def weights_changed(self) -> None:
+        """Take over weights that were written into the tensors of `weight_shards` (a tied output layer and master weights)."""
+        if self._hf_config["tie_word_embeddings"] and self.mesh.pp_size > 1:
+            self._copy_tied_embedding()
+        self._optimizer.reload_model_params()
+
+    @torch.no_grad()
+    def _copy_tied_embedding(self) -> None:
+        if parallel_state.is_rank_in_embedding_group():
+            chunk = self._chunks[0] if self.mesh.pp_rank == 0 else self._chunks[-1]
+            weight = chunk.shared_embedding_or_output_weight()
+            group = parallel_state.get_embedding_group()
+            dist.broadcast(weight.data, dist.get_global_rank(group, 0), group=group)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Learning rate of the steps from now on."""
+        self._lr = lr
+        optimizers.set_learning_rate(self._optimizer, lr)
+
+    def set_optimizer_config(self, config: OptimizerConfig) -> None:
+        """Betas, eps, weight decay and clipping of the steps from now on (not the learning rate)."""
+        optimizers.set_optimizer_config(self._optimizer, config)
+
+    def reset_optimizer(self) -> None:
+        """Fresh moments and step count."""
+        optimizers.reset_state(self._optimizer)
+
+    # Passes over microbatches
+
+    @torch.no_grad()
+    def logprobs(self, microbatches: Sequence[Microbatch]) -> list[torch.Tensor]:
+        """Log-probs of the targets where loss_mask_T is set, 0 elsewhere: [T] fp32 per microbatch, on every rank of the dp index."""
+        for chunk in self._ddp:
+            chunk.eval()
+        found = self._run(microbatches, lambda batch, stats_2T, index: (stats_2T.sum() * 0, stats_2T[0]), forward_only=True)
+        for chunk in self._ddp:
+            chunk.train()
+        if self.mesh.pp_size > 1:
+            found = self._from_last_stage(found, [microbatch.num_tokens for microbatch in microbatches])
+        return found[: len(microbatches)]
+
+    def update(
+        self,
+        updates: Sequence[Sequence[Microbatch]],
+        normalisers: Sequence[float],
+        reference_logprobs: Sequence[Sequence[torch.Tensor]] | None,
+    ) -> dict[str, float]:
+        """One optimizer step per element of `updates`.
+
+        Args:
+            updates: this dp index's microbatches of each step; the number of steps is the same on all ranks.
+            normalisers: of each step, over all ranks: the responses or trained tokens of the whole step
+                (`kernels.policy_loss.normaliser_of`).
+            reference_logprobs: what `logprobs` returned for each microbatch at the iteration's start. None: the rollout's are taken.
+        Returns: means over all tokens and ranks, the same on every rank: loss (before loss.scale), grad_norm, entropy, kl, and
+            logprob_diff_mean and logprob_diff_max: |log π - behaviour| on on-policy tokens in the first step, where the policy is
+            still the one that generated them, so that any difference is the engines'.
+        Raises: NonFiniteError naming rank and microbatch.
+        """
+        device = self._inverse_frequencies_D.device
+        all_sums, grad_norms = [], []
+        for step, (microbatches, normaliser) in enumerate(zip(updates, normalisers, strict=True)):
+            references = [None] * len(microbatches) if reference_logprobs is None else [x.to(device) for x in reference_logprobs[step]]
+            objectives = [losses.Policy(config=self.loss, normaliser=normaliser, reference_T=reference) for reference in references]
+            sums, grad_norm = self._step(microbatches, objectives, f"update {step}")
+            all_sums.append(sums)
+            grad_norms.append(grad_norm)
+        if not all_sums:
+            return {}
+        total, first = torch.stack(all_sums).sum(0), all_sums[0]
+        tokens, on_policy = max(1.0, total[losses.TOKENS].item()), max(1.0, first[losses.ON_POLICY].item())
+        return {
+            "loss": total[losses.LOSS].item() / len(all_sums),
+            "grad_norm": sum(grad_norms) / len(grad_norms),
+            "entropy": total[losses.ENTROPY].item() / tokens,
+            "kl": total[losses.KL].item() / tokens,
+            "logprob_diff_mean": first[losses.MISMATCH].item() / on_policy,
+            "logprob_diff_max": first[losses.MISMATCH_MAX].item(),
+            "learning_rate": self._lr,
+            "tokens": total[losses.TOKENS].item(),
+        }
+
+    def sft_step(self, microbatches: Sequence[Microbatch], num_target_tokens: int) -> dict[str, float]:
+        """One optimizer step on the cross entropy of the trained tokens, `num_target_tokens` of them over all ranks.
+
+        Returns: loss and entropy in nats a token, grad_norm, learning_rate, tokens; the same on every rank.
+        """
+        objective = losses.Supervised(normaliser=float(num_target_tokens))
+        sums, grad_norm = self._step(microbatches, [objective] * len(microbatches), "supervised step")
+        return {
+            "loss": sums[losses.LOSS].item(),
+            "grad_norm": grad_norm,
+            "entropy": sums[losses.ENTROPY].item() / max(1.0, sums[losses.TOKENS].item()),
+            "learning_rate": self._lr,
+            "tokens": sums[losses.TOKENS].item(),
+        }
+
+    def _step(self, microbatches: Sequence[Microbatch], objectives: Sequence[losses.Objective], what: str) -> tuple[torch.Tensor, float]:
+        """Gradient and optimizer step; (sums over all ranks, gradient norm before clipping)."""
+        sums = self.accumulate_gradients(microbatches, objectives, what)
+        _, grad_norm, _ = self._optimizer.step()
+        return sums, float(grad_norm)
+
+    def accumulate_gradients(
+        self, microbatches: Sequence[Microbatch], objectives: Sequence[losses.Objective], what: str = "step"
+    ) -> torch.Tensor:
+        """Leave the whole batch's gradient in the parameters' main_grad; returns the sums of `loss.microbatch_loss` over all ranks."""
+        for chunk in self._ddp:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        filler = losses.Supervised(normaliser=1.0)
+
+        def loss_of(batch: LocalBatch, stats_2T: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            objective = objectives[index] if index < len(objectives) else filler
+            loss, sums = losses.microbatch_loss(objective, batch.whole, stats_2T[0], stats_2T[1])
+            if not math.isfinite(loss.item()):
+                raise NonFiniteError(
+                    f"rank {self.mesh.rank}: the loss of microbatch {index} of {what} is {loss.item()} "
+                    f"(rows {batch.whole.row_ids_R[:8].tolist()}…); the weights are unchanged"
+                )
+            return loss, sums
+
+        found = self._run(microbatches, loss_of, forward_only=False)
+        self._check_gradients(what, len(microbatches))
+        return self._sum_over_ranks(found)
+
+    def _check_gradients(self, what: str, num_microbatches: int) -> None:
+        for shard in (parameter for chunk in self._ddp for parameter in chunk.bucket_groups + chunk.expert_parallel_bucket_groups):
+            for bucket in shard.buckets:
+                if not math.isfinite(bucket.grad_data.sum().item()):
+                    raise NonFiniteError(
+                        f"rank {self.mesh.rank}: the gradient of {what} (microbatches 0 to {num_microbatches - 1}) is not finite, "
+                        f"though every loss is; the weights are unchanged"
+                    )
+
+    def _sum_over_ranks(self, found: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Add the microbatches' sums over data-parallel ranks; known on the last stage, then told to the others."""
+        device = self._inverse_frequencies_D.device
+        per_microbatch = torch.stack(list(found)) if found else torch.zeros((1, losses.NUM_SUMS), dtype=torch.float64, device=device)
+        sums, largest = per_microbatch.sum(0), per_microbatch[:, losses.MISMATCH_MAX].amax()
+        group = parallel_state.get_data_parallel_group()
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        sums[losses.MISMATCH_MAX] = largest
+        if self.mesh.pp_size > 1:
+            dist.broadcast(
+                sums, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
+            )
+        return sums
+
+    def _run(
+        self,
+        microbatches: Sequence[Microbatch],
+        consume: Callable[[LocalBatch, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+        *,
+        forward_only: bool,
+    ) -> list[torch.Tensor]:
+        """Megatron's schedule over the microbatches. Returns the second result of `consume` for each, on the last stage.
+
+        `consume` gets the whole microbatch's log-probs and entropies, [2, T], and the microbatch's number.
+        """
+        filled, min_tokens = self._fill_up(microbatches)
+        make = functools.partial(localise, mesh=self.mesh, inverse_frequencies_D=self._inverse_frequencies_D, min_tokens=min_tokens)
+        # Virtual stages of one rank see the same microbatches: make each once.
+        prepared = [make(microbatch) for microbatch in filled] if len(self._ddp) > 1 else None
+
+        def batches() -> Iterator[tuple[int, LocalBatch]]:
+            return enumerate(prepared if prepared is not None else map(make, filled))
+
+        cp_group = parallel_state.get_context_parallel_group()
+
+        def forward_step(iterator: Iterator[tuple[int, LocalBatch]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            index, batch = next(iterator)
+
+            def loss_func(stats_2L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                stats_2T = stats_2L
+                if batch.order_T is not None:
+                    stats_2T = gather_replicated(stats_2L.T, batch.order_T, cp_group).T
+                loss, kept = consume(batch, stats_2T, index)
+                return loss, torch.zeros((), dtype=torch.int), kept
+
+            return model(batch), loss_func
+
+        run = get_forward_backward_func()
+        return run(
+            forward_step_func=forward_step,
+            data_iterator=[batches() for _ in self._ddp] if len(self._ddp) > 1 else batches(),
+            model=self._ddp if len(self._ddp) > 1 else self._ddp[0],
+            num_microbatches=len(filled),
+            seq_length=max(1, min_tokens) * self.mesh.cp_size,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _fill_up(self, microbatches: Sequence[Microbatch]) -> tuple[list[Microbatch], int]:
+        """Fillers so that all data-parallel ranks run equally many, and the length they are padded to (0: each its own)."""
+        longest = max((num_local_tokens(m, self.mesh) for m in microbatches), default=1) if self._one_length else 0
+        agreed = torch.tensor([len(microbatches), longest], device=self._inverse_frequencies_D.device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+        count, longest = (int(x) for x in agreed)
+        count = max(1, count)
+        if self.mesh.config.vpp > 1:  # the interleaved schedule takes whole rounds
+            count = -(-count // self.mesh.pp_size) * self.mesh.pp_size
+        filler = build_microbatch([])
+        if self._one_length:
+            longest = max(longest, num_local_tokens(filler, self.mesh))
+        return [*microbatches, *[filler] * (count - len(microbatches))], longest
+
+    def _from_last_stage(self, found: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
+        total = sum(lengths)
+        joined = (
+            torch.cat(list(found))[:total] if self.mesh.is_last_stage else torch.empty(total, device=self._inverse_frequencies_D.device)
+        )
+        dist.broadcast(
+            joined, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
+        )
+        return list(joined.split(list(lengths)))
+
+    # Checkpoints
+
+    def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
+        """For `megatron.core.dist_checkpointing`: model and optimizer, loadable under another tp, pp, cp and dp.
+
+        Training draws no random numbers, so no generator is part of it. A change of ep is not supported (megatron-core 0.16.1 names
+        the optimizer's state differently).
+        """
+        state: dict[str, Any] = {}
+        for i, chunk in enumerate(self._chunks):
+            state["model" if len(self._chunks) == 1 else f"model{i}"] = chunk.sharded_state_dict(metadata=SHARDING)
+        model_state = (
+            {key: value for part in list(state.values()) for key, value in part.items()} if len(self._chunks) == 1 else dict(state)
+        )
+        state["optimizer"] = self._optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING)
+        return state
+
+    def load_sharded(self, state: Mapping[str, Any]) -> None:
+        """Take over what `dist_checkpointing.load` made of `sharded_state_dict(is_loading=True)`."""
+        for i, chunk in enumerate(self._chunks):
+            chunk.load_state_dict(state["model" if len(self._chunks) == 1 else f"model{i}"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+
+def _sum_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+    """Megatron's reductions without its division by tokens: the loss is already divided by the global normaliser."""
+    finalize_model_grads(model, None, **kwargs)

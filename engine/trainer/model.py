@@ -1,0 +1,144 @@
+"""Megatron's GPT model whose output is log-probs of the trained tokens, and its weights drawn by name.
+
+Shapes: L tokens of this rank, M trained ones among them, H hidden width.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from tandem.engine.trainer.batch import LocalBatch
+from tandem.engine.trainer.layers import Norm, layer_specs, moe_layers
+from tandem.engine.trainer.mesh import Mesh
+from tandem.engine.types import WeightShard
+from tandem.kernels.logprob import linear_logprob
+
+EMBEDDING_STD = 0.02
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+class PolicyModel(GPTModel):
+    """One pipeline chunk. The last one returns [2, L] fp32: log-prob of the target and entropy where it is trained, else 0."""
+
+    def __init__(self, temperature: float, **kwargs: Any) -> None:
+        super().__init__(position_embedding_type="none", **kwargs)
+        self.temperature = temperature
+
+    def forward(self, batch: LocalBatch) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # `_preprocess` sees a position embedding of type "none": core attention rotates by position.
+        return super().forward(batch.tokens_L[None], None, None, packed_seq_params=batch)  # pyright: ignore[reportArgumentType]
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, packed_seq_params: LocalBatch, **__: Any) -> torch.Tensor:
+        if not self.post_process:
+            return hidden_states
+        batch = packed_seq_params
+        tied = self.share_embeddings_and_output_weights
+        weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        if self.config.sequence_parallel:
+            # linear_logprob returns a whole gradient on every rank, so each takes its own tokens' part of it.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        hidden_MH = hidden_states[:, 0].index_select(0, batch.trained_M)
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        stats_2M = torch.stack(linear_logprob(hidden_MH, weight_VH, batch.targets_M, temperature=self.temperature, tp_group=tp_group))
+        return stats_2M.new_zeros((2, batch.num_local)).index_copy(1, batch.trained_M, stats_2M)
+
+
+def build_chunks(config: TransformerConfig, hf_config: Mapping[str, Any], mesh: Mesh, temperature: float) -> list[PolicyModel]:
+    """This rank's pipeline chunks, one per virtual stage."""
+    specs = layer_specs(config, moe_layers(hf_config))
+    num_chunks = mesh.config.vpp
+    chunks = []
+    for i in range(num_chunks):
+        vp_stage = i if num_chunks > 1 else None
+        first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=mesh.pp_rank)
+        count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=mesh.pp_rank)
+        chunks.append(
+            PolicyModel(
+                temperature,
+                config=config,
+                transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs[first : first + count], layer_norm=Norm),
+                vocab_size=hf_config["vocab_size"],
+                max_sequence_length=hf_config["max_position_embeddings"],
+                pre_process=mesh.pp_rank == 0 and i == 0,
+                post_process=mesh.is_last_stage and i == num_chunks - 1,
+                share_embeddings_and_output_weights=hf_config["tie_word_embeddings"],
+                vp_stage=vp_stage,
+            )
+        )
+    return chunks
+
+
+def named_weights(chunk: PolicyModel, mesh: Mesh) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The chunk's parameters under names with global layer and expert indices."""
+    layers = chunk.decoder.layers
+    first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    for name, parameter in chunk.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(int(parts[2]) + first_layer)
+        if "local_experts" in parts:
+            i = parts.index("local_experts") + 1
+            num_local = chunk.config.num_moe_experts // mesh.ep_size
+            parts[i] = str(int(parts[i]) + mesh.ep_rank * num_local)
+        yield ".".join(parts), parameter
+
+
+def weight_shards(chunks: list[PolicyModel], mesh: Mesh) -> list[WeightShard]:
+    """All parameters of this rank. A tied output layer on another stage than the embedding is a copy of it and left out."""
+    shards = []
+    for chunk in chunks:
+        for name, parameter in named_weights(chunk, mesh):
+            if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+                continue
+            is_expert = "local_experts" in name
+            shards.append(
+                WeightShard(
+                    name=name,
+                    tensor=parameter.data,
+                    tp_rank=mesh.etp_rank if is_expert else mesh.tp_rank,
+                    tp_size=mesh.etp_size if is_expert else mesh.tp_size,
+                )
+            )
+    return shards
+
+
+@torch.no_grad()
+def initialise(chunks: list[PolicyModel], mesh: Mesh, seed: int) -> None:
+    """Draw every weight from a hash of (seed, name), so that it does not depend on the layout of the ranks.
+
+    Normal: embedding 0.02; a matrix 1 / sqrt(its inputs), and those that write into the residual stream also divided by
+    sqrt(2 * layers). Norms are 1.
+    """
+    for chunk in chunks:
+        for name, parameter in named_weights(chunk, mesh):
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+                name = EMBEDDING
+            is_expert = "local_experts" in name
+            size, rank = (mesh.etp_size, mesh.etp_rank) if is_expert else (mesh.tp_size, mesh.tp_rank)
+            if not parameter.tensor_model_parallel and not (is_expert and size > 1):  # pyright: ignore[reportAttributeAccessIssue]
+                size, rank = 1, 0
+            dim, stride = parameter.partition_dim, parameter.partition_stride  # pyright: ignore[reportAttributeAccessIssue]
+            shape = list(parameter.shape)
+            if size > 1:
+                shape[dim] *= size
+            std = EMBEDDING_STD if name == EMBEDDING else shape[1] ** -0.5
+            if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+                std /= math.sqrt(2 * chunk.config.num_layers)
+            generator = torch.Generator().manual_seed((seed << 32 | zlib.crc32(name.encode())) & (2**63 - 1))
+            whole = torch.randn(shape, generator=generator) * std
+            if size > 1:  # `stride` matrices lie one after the other (gate and up), and each is split
+                pieces = [part.chunk(size, dim)[rank] for part in whole.chunk(stride, dim)]
+                whole = torch.cat(pieces, dim)
+            parameter.copy_(whole)
