@@ -75,7 +75,7 @@ def prompts(task: ArithmeticTask, n: int, seed: int, split: Split = "train") -> 
 
 
 def sft_examples(task: ArithmeticTask, n: int, seed: int) -> list[dict[str, str]]:
-    """`n` supervised examples of the train split, drawn independently: records as `load_examples` reads them (prompt, response)."""
+    """`n` supervised examples of the train split, drawn independently: records as `load_sft` reads them (prompt, response)."""
     generator = random.Random(f"arithmetic/sft/{seed}")
     examples = []
     for _ in range(n):
@@ -110,26 +110,18 @@ def split_of(task: ArithmeticTask, text: str) -> Split:
     return "validation" if position < task.test_share + task.validation_share else "train"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskFiles:
-    """Where the files of a generated task lie; a user's own files can take the place of each."""
+def write_task(task: ArithmeticTask, folder: str | Path, *, seed: int) -> None:
+    """Write prompts.jsonl, sft.jsonl, validation.jsonl and eval.jsonl (the test split) into `folder`.
 
-    prompts: Path
-    sft: Path
-    validation: Path
-    test: Path
-
-
-def write_task_files(task: ArithmeticTask, folder: str | Path, *, seed: int) -> TaskFiles:
-    """Generate the task's data into `folder`. The test and validation files do not depend on the seed: runs are compared on them."""
+    They have the form of a user's own files, which can take their place. Validation and test prompts do not depend on
+    the seed: all runs of a task are compared on the same ones.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files = TaskFiles(**{name: folder / f"{name}.jsonl" for name in ("prompts", "sft", "validation", "test")})
-    write_jsonl(files.prompts, prompts(task, task.num_prompts, seed))
-    write_jsonl(files.sft, sft_examples(task, task.num_sft_examples, seed))
-    write_jsonl(files.validation, prompts(task, task.num_validation, 0, "validation"))
-    write_jsonl(files.test, prompts(task, task.num_test, 0, "test"))
-    return files
+    write_jsonl(folder / "prompts.jsonl", prompts(task, task.num_prompts, seed))
+    write_jsonl(folder / "sft.jsonl", sft_examples(task, task.num_sft_examples, seed))
+    write_jsonl(folder / "validation.jsonl", prompts(task, task.num_validation, 0, "validation"))
+    write_jsonl(folder / "eval.jsonl", prompts(task, task.num_test, 0, "test"))
 
 
 def write_jsonl(path: str | Path, records: Iterable[Mapping[str, str | int]]) -> None:

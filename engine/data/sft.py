@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ class SFTExample:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-def load_examples(path: str | Path, tokenizer: "PreTrainedTokenizerBase", config: DataConfig, *, max_tokens: int) -> list[SFTExample]:
+def load_sft(path: str | Path, tokenizer: "PreTrainedTokenizerBase", config: DataConfig, *, max_tokens: int) -> list[SFTExample]:
     """Read lines with `prompt` and `response`; the prompt goes through the same template as in RL.
 
     Raises: ValueError that names file and line for a bad line and for an example of more than `max_tokens` tokens.
@@ -47,37 +47,24 @@ def load_examples(path: str | Path, tokenizer: "PreTrainedTokenizerBase", config
     return examples
 
 
-class Sized(Protocol):
-    """What a batch is made of: supervised examples, or the training rows made from them."""
-
-    @property
-    def num_tokens(self) -> int: ...
-
-
-Example = TypeVar("Example", bound=Sized)
-
-
-def batches(examples: Sequence[Example], *, batch_tokens: int, max_tokens: int, seed: int, start_step: int = 0) -> Iterator[list[Example]]:
-    """The examples of each optimizer step, endlessly.
+def sft_batches(lengths_R: Sequence[int], *, batch_tokens: int, seed: int, start_step: int = 0) -> Iterator[list[int]]:
+    """Indices of the examples of each optimizer step, endlessly.
 
     Every epoch is a new seeded shuffle, read on without a cut at its end; a batch takes examples until the next would exceed
     `batch_tokens`. So every example comes once per epoch, and no batch is a short remainder.
 
     Args:
-        max_tokens: longest example allowed.
+        lengths_R: tokens of each example.
         start_step: batches to pass over, on resume.
-    Raises: ValueError without examples, or if one is longer than `max_tokens` or than a batch.
+    Raises: ValueError without examples, or if one is longer than a batch.
     """
-    if not examples:
+    if len(lengths_R) == 0:
         raise ValueError("there are no supervised examples; give at least one")
-    lengths = np.array([example.num_tokens for example in examples], dtype=np.int64)
+    lengths = np.asarray(lengths_R, dtype=np.int64)
     worst = int(lengths.argmax())
-    for name, limit in (("max_tokens", max_tokens), ("batch_tokens", batch_tokens)):
-        if lengths[worst] > limit:
-            raise ValueError(
-                f"supervised example {worst} has {lengths[worst]} tokens; sft.{name} is {limit}; raise it or shorten the example"
-            )
-    return ([examples[i] for i in batch] for batch in _batches(lengths, batch_tokens, seed, start_step))
+    if lengths[worst] > batch_tokens:
+        raise ValueError(f"supervised example {worst} has {lengths[worst]} tokens, more than sft.batch_tokens ({batch_tokens}); raise it")
+    return _batches(lengths, batch_tokens, seed, start_step)
 
 
 def _batches(lengths: NDArray[np.int64], batch_tokens: int, seed: int, start_step: int) -> Iterator[list[int]]:
