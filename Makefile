@@ -54,7 +54,7 @@ lint: install
 	$(VENV)/bin/pyright
 
 bench: install
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) $$script; done
+	@set -e; for script in $(filter-out benchmarks/harness.py benchmarks/toy_plot.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script; done
 
 report: install
 	@test -n "$(RUN)" || { echo "name the run folder: make report RUN=runs/toy_cpu"; exit 2; }

@@ -1,0 +1,104 @@
+"""What `pip install .` puts on a machine, and that it works there."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
+    """Standard output of a command that must succeed."""
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def source_files() -> set[str]:
+    return {str(path.relative_to(ROOT)) for room in ("engine", "kernels") for path in (ROOT / room).rglob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: a build folder in the repository could bring old files."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for room in ("engine", "kernels", "tests"):
+        shutil.copytree(ROOT / room, source / room)  # with __pycache__, as in a used checkout
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", target, ".", cwd=source)
+    [path] = target.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_sources_under_tandem_and_nothing_else(wheel: Path) -> None:
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    assert set(names) == {f"tandem/{name}" for name in source_files()}
+    assert "tandem/__init__.py" not in names
+
+
+def test_the_wheel_brings_the_command_and_the_licence(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    texts = {name.split(".dist-info/")[1]: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
+    assert "tandem = tandem.engine.cli:main" in texts["entry_points.txt"]
+    assert "License-Expression: Apache-2.0" in texts["METADATA"]
+    assert "Apache License" in texts["licenses/LICENSE"]
+    assert "Requires-Python: >=3.11" in texts["METADATA"]
+
+
+def test_the_installed_wheel_runs_away_from_the_repository(wheel: Path, tmp_path: Path) -> None:
+    """In a virtual environment of its own, which borrows the dependencies of this one and not its editable install."""
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    python = tmp_path / "venv/bin/python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    borrowed = tmp_path / "borrowed"
+    borrowed.mkdir()
+    for path in Path(pytest.__file__).parents[1].iterdir():
+        if "tandem" not in path.name and path.suffix != ".pth":
+            (borrowed / path.name).symlink_to(path)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHONPATH": str(borrowed)}
+    where = run(python, "-c", "import tandem.engine.config as c, tandem.kernels as k; print(c.__file__)", cwd=tmp_path, env=env).strip()
+    assert where == str(site / "tandem/engine/config.py")
+    assert "toy_cpu" in run(tmp_path / "venv/bin/tandem", "train", "--help", cwd=tmp_path, env=env)
+
+
+def test_torchrun_finds_the_entry_point_from_any_folder(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    shown = run(*torchrun, "-m", "tandem.engine.train", "--help", cwd=tmp_path)
+    assert "toy_cpu" in shown
+
+
+def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "old-python"
+    script = "exec(sys.argv.pop(1).replace('sys.version_info', '(3, 9)'))"
+    old.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -c "import sys; {script}" "$@"\n')
+    old.chmod(0o755)
+    done = subprocess.run(["make", "install", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "Tandem needs Python 3.11 or later" in done.stderr
+    assert "is 3.9" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_ci_fails_when_no_test_ran(tmp_path: Path) -> None:
+    """The script with a `make` whose tests are all skipped."""
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
+    (tmp_path / "bin").mkdir()
+    make = tmp_path / "bin/make"
+    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    for summary, status in (("12 skipped in 0.1s", 1), ("0 passed", 1), ("10 passed, 2 skipped in 3s", 0)):
+        make.write_text(f'#!/bin/sh\n[ "$1" = test ] && echo "{summary}"\nexit 0\n')
+        make.chmod(0o755)
+        done = subprocess.run([tmp_path / ".ci/run"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == status, (summary, done.stdout, done.stderr)
