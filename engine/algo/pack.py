@@ -226,7 +226,7 @@ def work_of(lengths_R: NDArray[np.int64], *, crossover_tokens: int) -> NDArray[n
 
 
 def plan_updates(
-    lengths_R: Sequence[int],
+    lengths_R: Sequence[int] | NDArray[np.int64],
     *,
     num_updates: int,
     dp_size: int,
