@@ -1,0 +1,388 @@
+"""The serving phase: the rollout engines receive the trainer's weights in one transaction over all ranks.
+
+    prepare → for each bucket: ranks write, engines verify and take over → all agree → commit, else roll back
+
+Writing bucket n+1 overlaps with the engines' taking over of bucket n. Ranks of a node take turns through counters in
+shared memory; all ranks agree through a process group of their own. Every wait has a deadline.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tandem.engine.checkpoint.names import HFView, NameMap
+from tandem.engine.checkpoint.plan import Plan, Region, make_plan
+from tandem.engine.checkpoint.transport import CHECKSUMMED, FAILED, LOADED, NUM_SLOTS, WRITTEN, PeerFailed, SharedBuckets
+from tandem.engine.checkpoint.writer import BucketWork, make_bucket_work
+from tandem.engine.config import SwapConfig
+from tandem.engine.types import BucketEntry, TensorMeta, WeightSink, WeightSource, WeightTransferError
+
+# A rank may spend one deadline on a bucket and one on its engine before it comes to say so.
+_AGREE_FACTOR = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwapStats:
+    """What one swap moved, as this rank saw it."""
+
+    policy_version: int
+    num_bytes: int  # received by all engines together
+    num_engines: int
+    num_buckets: int
+    duration_s: float
+
+    @property
+    def gigabytes_per_s(self) -> float:
+        return self.num_bytes / self.duration_s / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why the swap failed on a rank."""
+
+    rank: int
+    where: str  # "bucket 3 of 8, tensor x", or the step
+    reason: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, {self.where}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    """What follows from the plan and stays the same for all swaps."""
+
+    tensors: list[TensorMeta]
+    plan: Plan
+    num_engines: int
+    node: str
+    node_ranks: list[int]
+    node_leaders: list[int]
+    buckets: SharedBuckets | None  # None on a node without an engine
+
+
+class WeightSwap:
+    """Keeps the rollout engines at the trainer's weights. Every rank has one, and calls it at the same points.
+
+    Args:
+        source: this rank's parameters. Their layout must stay the same; their storage may move.
+        sink: the engine that this rank leads, None on the others.
+        control_group: group of all ranks that take part, on a CPU backend.
+        dtype: type in which the engines receive the weights; None: that of the parameters.
+        node: name of the machine that this rank shares memory on; None: found out.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        sink: WeightSink | None,
+        config: SwapConfig,
+        *,
+        control_group: dist.ProcessGroup,
+        dtype: torch.dtype | None = None,
+        node: str | None = None,
+    ) -> None:
+        self._source, self._sink, self._config, self._dtype = source, sink, config, dtype
+        self._node = _node_name() if node is None else node
+        # A group of its own: its deadline is the swap's, and its messages meet no others.
+        self._group: dist.ProcessGroup = dist.new_group(
+            dist.get_process_group_ranks(control_group),
+            timeout=timedelta(seconds=_AGREE_FACTOR * config.timeout_s),
+            backend="gloo",
+            use_local_synchronization=True,
+        )  # pyright: ignore[reportAttributeAccessIssue]
+        self._rank, self._num_ranks = self._group.rank(), self._group.size()
+        self._names = NameMap(source.hf_config)
+        self._setup: _Setup | None = None
+        self._work: list[BucketWork] = []
+        self._addresses: list[tuple[str, int]] = []
+        self._num_swaps = 0
+        self._policy_version = -1
+        self._loader: threading.Thread | None = None
+        self.last_stats: SwapStats | None = None
+
+    @contextmanager
+    def serving(self, policy_version: int) -> Iterator[None]:
+        """A block in which every engine serves the trainer's present weights as `policy_version`.
+
+        Nothing is moved if all engines serve this version already. A collective: all ranks enter together.
+
+        Raises: WeightTransferError on every rank, naming rank, bucket and tensor, when anything failed anywhere; the old
+            version then goes on serving. (An engine that fails in `commit` itself, after all have verified everything,
+            is named too; the others then have the new version, and the next `serving` starts with a transfer to all.)
+        """
+        behind = self._sink is not None and self._sink.policy_version != policy_version
+        needed, highest, lowest = self._reduce_max("enter the serving phase", int(behind), policy_version, -policy_version)
+        if highest != -lowest:
+            raise ValueError(
+                f"ranks entered the serving phase with policy versions {-lowest} to {highest}; rank {self._rank} with {policy_version}"
+            )
+        if needed or self._policy_version != policy_version:
+            self._swap(policy_version)
+        yield
+
+    def close(self) -> None:
+        """Release the shared memory. The engines are not touched."""
+        if self._setup is not None and self._setup.buckets is not None:
+            self._work = []
+            self._setup.buckets.close()
+            self._setup = None
+
+    def _swap(self, policy_version: int) -> None:
+        start = time.perf_counter()
+        if self._loader is not None and self._loader.is_alive():
+            raise WeightTransferError(f"rank {self._rank}: the engine still has not answered the previous swap")
+        self._num_swaps += 1
+        if self._setup is None:
+            self._setup = self._make_setup()
+        setup = self._setup
+        failures: list[_Failure] = []
+        try:
+            self._refresh_work(setup)
+        except ValueError as error:
+            self._fail(setup, failures, "reading the parameters", error)
+        self._start_loader(setup, policy_version, failures)
+        self._write(setup, failures)
+        self._join_loader(setup, failures)
+        self._agree(setup, failures, "verify")
+        self._policy_version = -1  # until all engines are known to have the same
+        if self._sink is not None:
+            try:
+                self._sink.commit()
+            except Exception as error:
+                self._fail(setup, failures, "commit", error)
+        self._agree(setup, failures, "commit")
+        self._policy_version = policy_version
+        self.last_stats = SwapStats(
+            policy_version=policy_version,
+            num_bytes=setup.plan.num_bytes * setup.num_engines,
+            num_engines=setup.num_engines,
+            num_buckets=len(setup.plan.buckets),
+            duration_s=time.perf_counter() - start,
+        )
+
+    # ---- once: who holds what, the plan, the memory
+
+    def _make_setup(self) -> _Setup:
+        """Gather all layouts, plan, and open the node's memory. Every rank raises if one cannot."""
+        views, tensors, error = self._local_views()
+        holdings: list[tuple[str, Region]] = [(view.name, view.region) for view in views]
+        facts = self._gather("plan the swap", (holdings, self._node, self._sink is not None, os.getpid(), error))
+        self._raise_all([_Failure(rank, "planning", fact[4]) for rank, fact in enumerate(facts) if fact[4]])
+        nodes = [fact[1] for fact in facts]
+        leaders = [rank for rank, fact in enumerate(facts) if fact[2]]
+        if not leaders:
+            raise ValueError("no rank leads a rollout engine; give a sink to at least one")
+        plan = make_plan(tensors, [fact[0] for fact in facts], nodes, leaders, self._config.bucket_bytes)
+
+        node_ranks = [rank for rank, node in enumerate(nodes) if node == self._node]
+        node_leaders = [rank for rank in leaders if rank in node_ranks]
+        pids = {rank: facts[rank][3] for rank in node_ranks}
+        sizes = (node_ranks, pids, plan.bucket_bytes, max(map(len, plan.buckets)))
+        buckets, error = None, ""
+        if node_leaders and self._rank == node_ranks[0]:
+            try:
+                buckets = SharedBuckets(*sizes)
+            except OSError as cause:
+                error = f"cannot create shared memory: {cause}"
+        handles = self._gather("create shared memory", (buckets.handle if buckets is not None else None, error))
+        self._raise_all([_Failure(rank, "setting up", fact[1]) for rank, fact in enumerate(handles) if fact[1]])
+        if node_leaders and buckets is None:
+            try:
+                buckets = SharedBuckets(*sizes, handle=handles[node_ranks[0]][0])
+            except OSError as cause:
+                error = f"cannot open the shared memory of rank {node_ranks[0]}: {cause}"
+        errors = self._gather("open shared memory", error)
+        self._raise_all([_Failure(rank, "setting up", text) for rank, text in enumerate(errors) if text])
+        return _Setup(tensors, plan, len(leaders), self._node, node_ranks, node_leaders, buckets)
+
+    def _local_views(self) -> tuple[list[HFView], list[TensorMeta], str]:
+        """This rank's views, the model's tensors, and what was wrong with them ("" if nothing)."""
+        try:
+            shards = list(self._source.weight_shards())
+            views = [view for shard in shards for view in self._names.views(shard)]
+            if not shards:
+                return [], [], "this rank has no parameters"
+            dtype = self._dtype if self._dtype is not None else shards[0].tensor.dtype
+            return views, self._names.tensors(dtype), ""
+        except ValueError as error:
+            return [], [], str(error)
+
+    def _refresh_work(self, setup: _Setup) -> None:
+        """Make the copies of every bucket from the live tensors, again only where a parameter has moved."""
+        shards = list(self._source.weight_shards())
+        addresses = [(shard.name, shard.tensor.data_ptr()) for shard in shards]
+        if addresses != self._addresses:
+            views = [view for shard in shards for view in self._names.views(shard)]
+            self._work = make_bucket_work(self._rank, setup.node, setup.plan, setup.tensors, views, setup.buckets)
+            self._addresses = addresses
+
+    # ---- the transfer
+
+    def _ticket(self, setup: _Setup, bucket: int) -> int:
+        """Counter value of a bucket: rises over all swaps, so that counters are never reset."""
+        return self._num_swaps * (len(setup.plan.buckets) + 1) + bucket + 1
+
+    def _wait(self, setup: _Setup, ranks: list[int], counter: int, bucket: int, waited_for: str) -> None:
+        assert setup.buckets is not None
+        ticket, timeout_s = self._ticket(setup, bucket), self._config.timeout_s
+        setup.buckets.wait(ranks, counter, ticket, swap=self._num_swaps, timeout_s=timeout_s, waited_for=f"{waited_for} bucket {bucket}")
+
+    def _write(self, setup: _Setup, failures: list[_Failure]) -> None:
+        """This rank's part of every bucket. After a failure it only sends what ranks of other nodes wait for."""
+        shared = setup.buckets
+        for bucket, work in enumerate(self._work):
+            where = f"bucket {bucket} of {len(self._work)}"
+            try:
+                work.exchange(self._group, self._config.timeout_s)
+            except Exception as error:  # whatever it is, all ranks must roll back
+                self._fail(setup, failures, where, error)
+            try:
+                if shared is None or failures:
+                    continue
+                if bucket >= NUM_SLOTS:
+                    self._wait(setup, setup.node_leaders, LOADED, bucket - NUM_SLOTS, "load")
+                for entry in work.entries:
+                    where = f"bucket {bucket} of {len(self._work)}, tensor {entry.name}"
+                    entry.write(shared)
+                shared.publish(self._rank, WRITTEN, self._ticket(setup, bucket))
+                where = f"bucket {bucket} of {len(self._work)}"
+                if work.shared_checksums:
+                    self._wait(setup, setup.node_ranks, WRITTEN, bucket, "write")
+                    for entry in work.late_checksums:
+                        entry.checksum(shared)
+                shared.publish(self._rank, CHECKSUMMED, self._ticket(setup, bucket))
+            except PeerFailed:
+                failures.append(_Failure(self._rank, where, ""))
+            except Exception as error:  # whatever it is, all ranks must roll back
+                self._fail(setup, failures, where, error)
+
+    def _start_loader(self, setup: _Setup, policy_version: int, failures: list[_Failure]) -> None:
+        if self._sink is not None:
+            arguments = (setup, self._sink, policy_version, failures)
+            self._loader = threading.Thread(target=self._load, args=arguments, name="weight-swap", daemon=True)
+            self._loader.start()
+
+    def _load(self, setup: _Setup, sink: WeightSink, policy_version: int, failures: list[_Failure]) -> None:
+        """The engine's side of every bucket, in a thread beside the writing."""
+        shared, num_buckets = setup.buckets, len(setup.plan.buckets)
+        assert shared is not None
+        where, entries = "prepare", []
+        try:
+            sink.prepare(policy_version, setup.tensors)
+            for bucket, layout in enumerate(setup.plan.buckets):
+                where, entries = f"bucket {bucket} of {num_buckets}", []
+                self._wait(setup, setup.node_ranks, CHECKSUMMED, bucket, "write")
+                slot = bucket % NUM_SLOTS
+                entries = [
+                    BucketEntry(
+                        name=entry.name,
+                        tensor_start=entry.tensor_start,
+                        num_bytes=entry.num_bytes,
+                        bucket_start=entry.bucket_start,
+                        checksum=checksum,
+                    )
+                    for entry, checksum in zip(layout, shared.checksums[slot, : len(layout)].tolist(), strict=True)
+                ]
+                sink.load(shared.path(slot), entries)
+                shared.publish(self._rank, LOADED, self._ticket(setup, bucket))
+        except PeerFailed:
+            failures.append(_Failure(self._rank, where, ""))
+        except Exception as error:  # whatever it is, all ranks must roll back
+            self._fail(setup, failures, f"{where}{_which_tensor(entries, str(error))}", error)
+
+    def _join_loader(self, setup: _Setup, failures: list[_Failure]) -> None:
+        if self._loader is None:
+            return
+        self._loader.join(self._config.timeout_s)
+        if self._loader.is_alive():
+            error = TimeoutError(f"the engine did not answer within {self._config.timeout_s:g} s")
+            done = setup.buckets.progress(self._rank, LOADED) - self._ticket(setup, -1) if setup.buckets is not None else 0
+            bucket = max(0, done)
+            entries = [entry.name for entry in setup.plan.buckets[min(bucket, len(setup.plan.buckets) - 1)]]
+            where = f"bucket {bucket} of {len(setup.plan.buckets)}, tensors {entries[0]} to {entries[-1]}"
+            self._fail(setup, failures, where, error)
+
+    # ---- agreement
+
+    def _fail(self, setup: _Setup, failures: list[_Failure], where: str, error: Exception) -> None:
+        """Note a failure and let this node's ranks see it."""
+        failures.append(
+            _Failure(self._rank, where, f"{error}" if isinstance(error, WeightTransferError) else f"{type(error).__name__}: {error}")
+        )
+        if setup.buckets is not None:
+            setup.buckets.publish(self._rank, FAILED, self._num_swaps)
+
+    def _agree(self, setup: _Setup, failures: list[_Failure], step: str) -> None:
+        """Return if no rank failed; otherwise roll back and raise the same error on every rank."""
+        try:
+            (failed,) = self._reduce_max(step, int(bool(failures)))
+            if not failed:
+                return
+        except WeightTransferError:
+            self._rollback()
+            raise
+        self._rollback()
+        everyone = self._gather("tell why the swap failed", failures)
+        self._raise_all([failure for of_rank in everyone for failure in of_rank if failure.reason])
+
+    def _rollback(self) -> None:
+        """Let the engine forget the transaction. One that does not answer, or died, has nothing to forget."""
+        if self._sink is not None and not (self._loader is not None and self._loader.is_alive()):
+            with suppress(Exception):
+                self._sink.rollback()
+
+    def _raise_all(self, failures: list[_Failure]) -> None:
+        if failures:
+            raise WeightTransferError("weight swap rolled back on all ranks: " + "; ".join(map(str, failures)))
+
+    def _reduce_max(self, step: str, *values: int) -> list[int]:
+        """The largest of each value over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        try:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
+        except RuntimeError as error:
+            raise self._lost(step, error) from error
+        return tensor.tolist()
+
+    def _gather(self, step: str, value: Any) -> list[Any]:
+        """What every rank gives, in the order of the ranks."""
+        values: list[Any] = [None] * self._num_ranks
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise self._lost(step, error) from error
+        return values
+
+    def _lost(self, step: str, error: RuntimeError) -> WeightTransferError:
+        """The error of a collective that a rank did not come to."""
+        who = f"a rank was not there to {step}"
+        if self._setup is not None and self._setup.buckets is not None:
+            try:
+                self._setup.buckets.check_peers()
+            except RuntimeError as lost:
+                who = f"{lost}; it was not there to {step}"
+        return WeightTransferError(f"weight swap rolled back on rank {self._rank}: {who} ({error})")
+
+
+def _which_tensor(entries: list[BucketEntry], message: str) -> str:
+    """The tensor that an engine's error names, otherwise those that it was given."""
+    named = [entry.name for entry in entries if entry.name in message]
+    if named:
+        return f", tensor {max(named, key=len)}"
+    return f", tensors {entries[0].name} to {entries[-1].name}" if entries else ""
+
+
+def _node_name() -> str:
+    """Equal for processes that can open each other's memory: same boot of a machine, same process namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"

@@ -1,0 +1,159 @@
+"""Buckets in memory that the processes of one node share, and the counters by which they take turns.
+
+The memory is anonymous (memfd): no file system holds a name for it, so it is gone with the last process that has it
+open, however that process ends. Other processes of the same user open it as /proc/PID/fd/FD.
+"""
+
+import mmap
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+
+NUM_SLOTS = 2  # one is written while the other is read
+_LINE = 8  # int64 per rank: one cache line, so that ranks do not slow each other down
+_YIELDS = 200  # turns of a wait that only yield the core: about as long as copying a bucket
+_SLEEP_S = 50e-6
+
+# Counters of a rank, in its cache line.
+WRITTEN, CHECKSUMMED, LOADED, FAILED = range(4)
+
+
+class PeerLost(RuntimeError):
+    """A process of this node died."""
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed; it is the one to say why."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemoryHandle:
+    """What another process of the node needs to open the memory."""
+
+    pid: int
+    control: int
+    slots: tuple[int, ...]  # file descriptors in process `pid`
+
+
+class SharedBuckets:
+    """One node's buckets, checksums and counters.
+
+    Args:
+        ranks: the node's ranks, the same list on each.
+        pids: process id of each of `ranks`.
+        bucket_bytes: size of each slot.
+        max_entries: most entries of a bucket.
+        handle: opened from the process that created it; None creates it.
+    Raises: OSError if the memory cannot be created or opened.
+    """
+
+    def __init__(
+        self, ranks: Sequence[int], pids: Mapping[int, int], bucket_bytes: int, max_entries: int, handle: SharedMemoryHandle | None = None
+    ) -> None:
+        self._index = {rank: index for index, rank in enumerate(ranks)}
+        counter_bytes = len(ranks) * _LINE * 8
+        control_bytes = counter_bytes + NUM_SLOTS * max_entries * 8
+        if handle is None:
+            self._fds = [os.memfd_create("tandem-swap", os.MFD_CLOEXEC) for _ in range(1 + NUM_SLOTS)]
+            for fd, size in zip(self._fds, (control_bytes, *[bucket_bytes] * NUM_SLOTS), strict=True):
+                os.ftruncate(fd, size)
+        else:
+            self._fds = [os.open(f"/proc/{handle.pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC) for fd in (handle.control, *handle.slots)]
+        control = np.frombuffer(mmap.mmap(self._fds[0], control_bytes), dtype=np.int64)
+        self._counters = control[: counter_bytes // 8].reshape(len(ranks), _LINE)
+        self.checksums = control[counter_bytes // 8 :].view(np.uint64).reshape(NUM_SLOTS, max_entries)
+        self.slots = [torch.frombuffer(mmap.mmap(fd, bucket_bytes), dtype=torch.uint8) for fd in self._fds[1:]]
+        self._memories = [slot.numpy().data for slot in self.slots]
+        # A pidfd becomes readable when its process ends, also as a zombie.
+        self._peers = {os.pidfd_open(pids[rank]): rank for rank in ranks if pids[rank] != os.getpid()}
+        self._poll = select.poll()
+        for pidfd in self._peers:
+            self._poll.register(pidfd, select.POLLIN)
+
+    @property
+    def handle(self) -> SharedMemoryHandle:
+        return SharedMemoryHandle(os.getpid(), self._fds[0], tuple(self._fds[1:]))
+
+    def path(self, slot: int) -> str:
+        """Where another process of this user opens the slot, as long as this one lives."""
+        return f"/proc/{os.getpid()}/fd/{self._fds[1 + slot]}"
+
+    def checksum(self, slot: int, start: int, num_bytes: int) -> int:
+        """xxh3-64 of bytes of a slot."""
+        return xxhash.xxh3_64_intdigest(self._memories[slot][start : start + num_bytes])
+
+    def publish(self, rank: int, counter: int, value: int) -> None:
+        """Let the others see `value`, and everything that was written to the slots before."""
+        _fence()
+        self._counters[self._index[rank], counter] = value
+
+    def progress(self, rank: int, counter: int) -> int:
+        """The value that `rank` published last."""
+        return int(self._counters[self._index[rank], counter])
+
+    def wait(self, ranks: Collection[int], counter: int, value: int, *, swap: int, timeout_s: float, waited_for: str) -> None:
+        """Wait until the counter of each of `ranks` has reached `value`.
+
+        Raises: PeerFailed if a rank of the node marked `swap` as failed, PeerLost if one died, TimeoutError after `timeout_s`.
+        """
+        rows = [self._index[rank] for rank in ranks]
+        column, failed = self._counters[:, counter], self._counters[:, FAILED]
+
+        def ready() -> bool:
+            return all(column[row] >= value for row in rows)
+
+        def check() -> None:
+            if (failed == swap).any():
+                raise PeerFailed
+            self.check_peers()
+
+        def expired() -> str:
+            late = [rank for rank in ranks if column[self._index[rank]] < value]
+            return f"waited {timeout_s:g} s for rank {', '.join(map(str, late))} to {waited_for}"
+
+        _wait(ready, check, expired, timeout_s)
+        _fence()
+
+    def check_peers(self) -> None:
+        """Raises: PeerLost naming the ranks of this node whose processes ended."""
+        lost = sorted(self._peers[pidfd] for pidfd, _ in self._poll.poll(0))
+        if lost:
+            raise PeerLost(f"the process of rank {', '.join(map(str, lost))} ended")
+
+    def close(self) -> None:
+        """Close the files; the memory goes with the last mapping."""
+        for fd in (*self._fds, *self._peers):
+            os.close(fd)
+        self._fds, self._peers, self._poll = [], {}, select.poll()
+
+
+def _wait(ready: Callable[[], bool], check: Callable[[], None], expired: Callable[[], str], timeout_s: float) -> None:
+    """Poll: yield the core at first, then sleep; look for failures before every sleep."""
+    for _ in range(_YIELDS):
+        if ready():
+            return
+        os.sched_yield()
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        check()
+        if time.monotonic() > deadline:
+            raise TimeoutError(expired())
+        time.sleep(_SLEEP_S)
+
+
+_FENCE_LOCK = threading.Lock()
+
+
+def _fence() -> None:
+    """Order memory accesses before and after. One lock cycle lets both sides move into it; of two, neither side passes."""
+    with _FENCE_LOCK:
+        pass
+    with _FENCE_LOCK:
+        pass
