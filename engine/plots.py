@@ -62,7 +62,7 @@ def figures(rows: Sequence[Row], warm_start: Sequence[Row]) -> list[Figure]:
             [Curve(metric="eval/pass_at_1", label="pass@1", colour=ORANGE, points=True)],
             percent,
         ),
-        _lines("Reward", "Mean over the rollout's responses, before the length reward.", rows, reward, from_zero),
+        _lines("Reward", "Per response, length reward included; and the fraction that is correct.", rows, reward, from_zero),
         _lines("Response length", "Tokens per response.", rows, length, from_zero),
         _lines(
             "Entropy", "Of the policy, nats per token.", rows, [Curve(metric="train/entropy", label="entropy", colour=PURPLE)], from_zero
