@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pynvml
 import pytest
@@ -95,3 +96,12 @@ def test_a_gpu_run_is_explained() -> None:
 def test_what_will_go_wrong_is_said_before(hardware: Hardware, config: RunConfig, warning: str) -> None:
     [line] = warnings(hardware, config)
     assert warning in line
+
+
+def test_gpus_are_listed_as_pytorch_numbers_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = [SimpleNamespace(name=name, total_memory=80 * 10**9) for name in ("A", "A", "B")]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties[index])
+    hardware = describe_hardware()
+    assert [gpu.name for gpu in hardware.gpus] == ["A", "A", "B"]
+    assert "2 x A (80.0 GB), 1 x B (80.0 GB)" in explain(hardware, BF16)[0]
