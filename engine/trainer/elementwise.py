@@ -69,10 +69,14 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad_TF):
         (x_T2F,) = ctx.saved_tensors
         gate, up = x_T2F.chunk(2, dim=-1)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
         grad_T2F = torch.empty_like(x_T2F)
         grad_gate, grad_up = grad_T2F.chunk(2, dim=-1)
-        torch.mul(grad_TF, torch.nn.functional.silu(gate), out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad_TF * up, gate))
+        torch.mul(grad_TF, silu, out=grad_up)
+        # silu' = sigmoid + silu (1 - sigmoid)
+        slope = torch.addcmul(sigmoid + silu, silu, sigmoid, value=-1)
+        torch.mul(slope.mul_(up), grad_TF, out=grad_gate)
         return grad_T2F
 
 

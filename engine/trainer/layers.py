@@ -14,7 +14,7 @@ from tandem.engine.config import ModelConfig, TrainerConfig
 from tandem.engine.trainer.batch import LocalBatch
 from tandem.engine.trainer.context_parallel import gather_keys
 from tandem.engine.trainer.elementwise import rms_norm, rope, swiglu
-from tandem.engine.trainer.mesh import Mesh
+from tandem.engine.trainer.mesh import Mesh, num_experts_of
 from tandem.kernels.attention import packed_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -85,8 +85,8 @@ def inverse_frequencies(config: Mapping[str, Any], device: torch.device) -> torc
 
 def moe_layers(config: Mapping[str, Any]) -> list[bool]:
     """Whether each layer has experts."""
-    num_layers, num_experts = config["num_hidden_layers"], config.get("num_experts") or 0
-    if not num_experts or config["model_type"] == "qwen3":
+    num_layers = config["num_hidden_layers"]
+    if not num_experts_of(config):
         return [False] * num_layers
     dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
     return [i not in dense and (i + 1) % step == 0 for i in range(num_layers)]
@@ -98,10 +98,11 @@ def _leave_unset(weight: torch.Tensor) -> None: ...
 def transformer_config(config: Mapping[str, Any], mesh: Mesh, trainer: TrainerConfig, *, variable_lengths: bool) -> TransformerConfig:
     """Megatron's configuration. `variable_lengths`: pipeline stages tell each other the length of every microbatch."""
     dtype = DTYPES[trainer.dtype]
-    options: dict[str, Any] = {}
+    # Megatron checks the dispatcher of dense models too.
+    options: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
     if any(moe_layers(config)):
         options |= {
-            "num_moe_experts": config["num_experts"],
+            "num_moe_experts": num_experts_of(config),
             "moe_layer_freq": [int(is_moe) for is_moe in moe_layers(config)],
             "moe_router_topk": config["num_experts_per_tok"],
             "moe_ffn_hidden_size": config["moe_intermediate_size"],

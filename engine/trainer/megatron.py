@@ -24,7 +24,7 @@ from tandem.engine.trainer import optimizer as optimizers
 from tandem.engine.trainer.batch import LocalBatch, localise, num_local_tokens
 from tandem.engine.trainer.context_parallel import gather_replicated
 from tandem.engine.trainer.layers import check_hf_config, inverse_frequencies, transformer_config
-from tandem.engine.trainer.mesh import Mesh
+from tandem.engine.trainer.mesh import Mesh, num_experts_of
 from tandem.engine.trainer.model import build_chunks, initialise, weight_shards
 from tandem.engine.types import WeightShard
 
@@ -59,7 +59,7 @@ class MegatronTrainer:
         check_hf_config(hf_config)
         self._hf_config, self.mesh, self.config, self.loss = dict(hf_config), mesh, config, loss
         # All microbatches of a pass have one length where stages or experts cannot tell each other theirs.
-        self._one_length = mesh.config.vpp > 1 or (mesh.ep_size > 1 and config.moe_dispatcher == "allgather")
+        self._one_length = mesh.config.vpp > 1 or (num_experts_of(hf_config) > 0 and config.moe_dispatcher == "allgather")
         self._model_config = transformer_config(hf_config, mesh, config, variable_lengths=mesh.pp_size > 1 and not self._one_length)
         self._inverse_frequencies_D = inverse_frequencies(hf_config, torch.empty(0, device=torch.cuda.current_device()).device)
         self._chunks = build_chunks(self._model_config, hf_config, mesh, temperature)

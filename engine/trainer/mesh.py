@@ -84,6 +84,13 @@ def build_mesh(config: MeshConfig, hf_config: Mapping[str, Any]) -> Mesh:
     )
 
 
+def num_experts_of(hf_config: Mapping[str, Any]) -> int:
+    """Experts per layer, 0 for a dense model. transformers 5 saves them as num_local_experts, Qwen's own files as num_experts."""
+    if hf_config["model_type"] != "qwen3_moe":
+        return 0
+    return hf_config["num_experts"] if "num_experts" in hf_config else hf_config["num_local_experts"]
+
+
 def destroy_mesh() -> None:
     """Forget Megatron's process groups."""
     parallel_state.destroy_model_parallel()
@@ -113,7 +120,7 @@ def check_mesh(config: MeshConfig, hf_config: Mapping[str, Any], world_size: int
             f"mesh.pp={config.pp} x mesh.vpp={config.vpp} does not divide the model's num_hidden_layers={layers}; "
             f"set them so that their product divides {layers}"
         )
-    num_experts = hf_config.get("num_experts") or 0
+    num_experts = num_experts_of(hf_config)
     etp = 1 if config.etp is None else config.etp
     if not num_experts:
         if config.ep > 1 or etp > 1:

@@ -56,13 +56,13 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_TND, k_SGD, v_SGD, plan, scale, grad_start):
         out_TND, kept_probs = reference.attention_forward(q_TND, k_SGD, v_SGD, plan, scale, keep=any(ctx.needs_input_grad))
-        ctx.save_for_backward(q_TND, k_SGD, v_SGD, out_TND, *kept_probs)
+        ctx.save_for_backward(q_TND, k_SGD, v_SGD, *kept_probs)
         ctx.plan, ctx.scale, ctx.grad_start = plan, scale, grad_start
         return out_TND
 
     @staticmethod
     def backward(ctx, grad_TND):
-        q_TND, k_SGD, v_SGD, out_TND, *kept_probs = ctx.saved_tensors
+        q_TND, k_SGD, v_SGD, *kept_probs = ctx.saved_tensors
         if ctx.grad_start:
             grad_TND = grad_TND.clone()
             grad_TND[: ctx.grad_start] = 0

@@ -20,7 +20,7 @@ def policy_loss(
     importance_weights_T: torch.Tensor | None,
 ) -> torch.Tensor:
     """loss_R; see the package."""
-    num_responses = advantages_R.shape[0]
+    num_responses, dtype = advantages_R.shape[0], logprobs_T.dtype
     lengths_R = cu_seqlens.diff().long()
     response_T = torch.repeat_interleave(torch.arange(num_responses, device=logprobs_T.device), lengths_R)
     weight_T = torch.ones_like(logprobs_T, dtype=torch.float64) if importance_weights_T is None else importance_weights_T.double()
@@ -55,4 +55,4 @@ def policy_loss(
             loss_R = loss_R / count_R
     else:
         raise ValueError(f"variant is {variant!r}; it must be mirror_descent, grpo, ppo_clip, gspo or rest")
-    return loss_R.float()
+    return loss_R.to(dtype)
