@@ -80,7 +80,7 @@ class MeshConfig:
     ep: int = 1
     """Expert-parallel ranks."""
     etp: int | None = None
-    """Tensor-parallel ranks within an expert. None: 1."""
+    """Tensor-parallel ranks within an expert. None: 1, or tp when ep is 1."""
     sequence_parallel: bool = False
     """Split activations outside attention and MLP over the tp ranks."""
 

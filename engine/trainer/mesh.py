@@ -50,7 +50,7 @@ def build_mesh(config: MeshConfig, hf_config: Mapping[str, Any]) -> Mesh:
     """
     world_size = dist.get_world_size()
     check_mesh(config, hf_config, world_size)
-    etp = 1 if config.etp is None else config.etp
+    etp = expert_tensor_parallel(config)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
@@ -91,6 +91,13 @@ def num_experts_of(hf_config: Mapping[str, Any]) -> int:
     return hf_config["num_experts"] if "num_experts" in hf_config else hf_config["num_local_experts"]
 
 
+def expert_tensor_parallel(config: MeshConfig) -> int:
+    """mesh.etp, resolved: 1 when experts are spread over ranks, else tp (see `check_mesh`)."""
+    if config.etp is not None:
+        return config.etp
+    return 1 if config.ep > 1 else config.tp
+
+
 def destroy_mesh() -> None:
     """Forget Megatron's process groups."""
     parallel_state.destroy_model_parallel()
@@ -121,10 +128,10 @@ def check_mesh(config: MeshConfig, hf_config: Mapping[str, Any], world_size: int
             f"set them so that their product divides {layers}"
         )
     num_experts = num_experts_of(hf_config)
-    etp = 1 if config.etp is None else config.etp
+    etp = expert_tensor_parallel(config)
     if not num_experts:
-        if config.ep > 1 or etp > 1:
-            raise ValueError(f"mesh.ep={config.ep}, mesh.etp={etp}, but {hf_config['model_type']} has no experts; set both to 1")
+        if config.ep > 1 or config.etp not in (None, 1):
+            raise ValueError(f"mesh.ep={config.ep}, mesh.etp={config.etp}, but {hf_config['model_type']} has no experts; set both to 1")
         return
     if num_experts % config.ep:
         raise ValueError(f"mesh.ep={config.ep} does not divide the model's num_experts={num_experts}; set mesh.ep to a divisor of it")
@@ -132,6 +139,11 @@ def check_mesh(config: MeshConfig, hf_config: Mapping[str, Any], world_size: int
         raise ValueError(
             f"{world_size} ranks do not hold ep={config.ep} x etp={etp} x pp={config.pp} ({config.ep * etp * config.pp}); "
             f"set mesh.ep to a divisor of {world_size // config.pp // etp}"
+        )
+    if config.ep == 1 and etp != config.tp:
+        raise ValueError(
+            f"mesh.etp={etp} with mesh.ep=1 and mesh.tp={config.tp}: Megatron reduces the gradients of experts that are not spread over "
+            f"ranks like dense ones, which is wrong unless etp is tp; set mesh.etp={config.tp}, or mesh.ep above 1"
         )
     if config.tp > 1 and not config.sequence_parallel:
         raise ValueError(
