@@ -243,6 +243,10 @@ class WeightSource(Protocol):
         """All parameters of this rank, in a fixed order."""
         ...
 
+    def weights_changed(self) -> None:
+        """Take over values that were written into the tensors of `weight_shards`."""
+        ...
+
 
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""

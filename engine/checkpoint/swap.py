@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from tandem.engine.checkpoint.plan import Plan, Region, make_plan
 from tandem.engine.checkpoint.transport import CHECKSUMMED, FAILED, LOADED, NUM_SLOTS, WRITTEN, PeerFailed, SharedBuckets
 from tandem.engine.checkpoint.writer import BucketWork, make_bucket_work
 from tandem.engine.config import SwapConfig
+from tandem.engine.log import RunLog
 from tandem.engine.types import BucketEntry, TensorMeta, WeightSink, WeightSource, WeightTransferError
 
 # A rank may spend one deadline on a bucket and one on its engine before it comes to say so.
@@ -79,6 +80,7 @@ class WeightSwap:
         control_group: group of all ranks that take part, on a CPU backend.
         dtype: type in which the engines receive the weights; None: that of the parameters.
         node: name of the machine that this rank shares memory on; None: found out.
+        log: where swaps are timed, as the phase "swap".
     """
 
     def __init__(
@@ -90,8 +92,10 @@ class WeightSwap:
         control_group: dist.ProcessGroup,
         dtype: torch.dtype | None = None,
         node: str | None = None,
+        log: RunLog | None = None,
     ) -> None:
         self._source, self._sink, self._config, self._dtype = source, sink, config, dtype
+        self._log = log
         self._node = _node_name() if node is None else node
         # A group of its own: its deadline is the swap's, and its messages meet no others.
         self._group: dist.ProcessGroup = dist.new_group(
@@ -127,7 +131,9 @@ class WeightSwap:
                 f"ranks entered the serving phase with policy versions {-lowest} to {highest}; rank {self._rank} with {policy_version}"
             )
         if needed or self._policy_version != policy_version:
-            self._swap(policy_version)
+            with self._log.phase("swap") if self._log is not None else nullcontext({}) as args:
+                stats = self._swap(policy_version)
+                args.update(bytes=stats.num_bytes, gigabytes_per_s=stats.gigabytes_per_s)
         yield
 
     def close(self) -> None:
@@ -137,7 +143,7 @@ class WeightSwap:
             self._setup.buckets.close()
             self._setup = None
 
-    def _swap(self, policy_version: int) -> None:
+    def _swap(self, policy_version: int) -> SwapStats:
         start = time.perf_counter()
         if self._loader is not None and self._loader.is_alive():
             raise WeightTransferError(f"rank {self._rank}: the engine still has not answered the previous swap")
@@ -169,6 +175,7 @@ class WeightSwap:
             num_buckets=len(setup.plan.buckets),
             duration_s=time.perf_counter() - start,
         )
+        return self.last_stats
 
     # ---- once: who holds what, the plan, the memory
 

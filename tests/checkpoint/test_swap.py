@@ -45,6 +45,8 @@ class Source:
     def weight_shards(self) -> list[WeightShard]:
         return self._shards
 
+    def weights_changed(self) -> None: ...
+
 
 def assert_weights(weights: Mapping[str, torch.Tensor], config: dict[str, Any], version: int, dtype: torch.dtype = torch.float32) -> None:
     expected = random_hf_state(config, seed=version)

@@ -1,0 +1,308 @@
+"""What is kept on disk: Hugging Face model folders, through the same name map as the swap, and the checkpoints of a run.
+
+A checkpoint is complete or not there. It has Megatron's distributed format, so any number of ranks can load it:
+
+    step_00000012/
+        state/          dist_checkpointing (torch_dist): model and optimizer
+        extra_0.pt      what a rank adds, such as the sampler's state
+        complete.json   size and checksum of every file; written last
+
+A folder gets its name only when it is complete; a half-written one has another name, and a damaged one is passed over.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+
+from tandem.engine.checkpoint.names import HFView, NameMap
+from tandem.engine.checkpoint.plan import Region, distinct_regions
+from tandem.engine.checkpoint.safetensors_folder import SafetensorsWriter, open_safetensors
+from tandem.engine.types import TensorMeta, WeightSource
+
+_LOG = logging.getLogger("tandem.checkpoint")
+_MARKER = "complete.json"
+_CHUNK_BYTES = 16 << 20
+MAX_SHARD_BYTES = 5 << 30
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder.
+
+    Raises: ValueError if the folder is not a model: it says what was looked for.
+    """
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; a model folder holds config.json, *.safetensors and a tokenizer")
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(f"{file} has no model_type")
+    return config
+
+
+def write_hf_config(folder: Path, hf_config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """config.json with the dtype of the weights beside it."""
+    config = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_hf_weights(folder: Path, source: WeightSource) -> None:
+    """Fill this rank's parameters from a Hugging Face folder, reading only what the rank holds. Padding becomes 0.
+
+    Raises: ValueError if the folder has no weights, or tensors are missing, unexpected or of a wrong shape.
+    """
+    names = NameMap(source.hf_config)
+    tied = bool(source.hf_config.get("tie_word_embeddings", False))
+    with open_safetensors(folder) as reader, torch.no_grad():
+        # some tied models on the hub store the embedding twice
+        reader.check(names.tensors(torch.float32), ignored=("lm_head.weight",) if tied else ())
+        for shard in source.weight_shards():
+            views = names.views(shard)
+            if sum(view.view.numel() for view in views) < shard.tensor.numel():
+                shard.tensor.zero_()
+            for view in views:
+                view.copy_from(reader.read(view.name, view.region).to(view.view))
+    source.weights_changed()
+
+
+def export_hf(
+    source: WeightSource,
+    folder: Path,
+    *,
+    group: dist.ProcessGroup | None = None,
+    extra_files: Sequence[Path] = (),
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the model as a Hugging Face folder. A collective; no rank holds more than one whole tensor.
+
+    Each file is written by one rank, to which the others send their parts. The folder appears only when it is complete.
+
+    Args:
+        folder: must not exist, and be the same place for all ranks.
+        group: ranks that hold the model, on a CPU backend; None: all.
+        extra_files: copied beside the weights, the tokenizer's for example.
+    Raises: ValueError if the folder exists.
+    """
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    names = NameMap(source.hf_config)
+    shards = list(source.weight_shards())
+    views = [view for shard in shards for view in names.views(shard)]
+    tensors = names.tensors(shards[0].tensor.dtype)
+    facts: list[tuple[bool, list[tuple[str, Region]]]] = [(False, [])] * num_ranks
+    dist.all_gather_object(facts, (folder.exists(), [(view.name, view.region) for view in views]), group=group)
+    if any(exists for exists, _ in facts):
+        raise ValueError(f"{folder} exists; give a folder that does not")
+    regions = distinct_regions(tensors, [held for _, held in facts])
+
+    partial = folder.with_name(f"{folder.name}.partial")
+    writer = SafetensorsWriter(partial, tensors, max_shard_bytes)
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_hf_config(partial, source.hf_config, tensors[0].dtype)
+        writer.write_index()
+        for file in extra_files:
+            shutil.copy(file, partial / file.name)
+    dist.barrier(group)
+    for file in range(rank, writer.num_files, num_ranks):
+        writer.create(file)
+    held = {(view.name, view.region): view for view in views}
+    for meta in tensors:
+        owner = writer.file_of[meta.name] % num_ranks
+        whole = _collect(meta, regions[meta.name], owner, rank, held, group)
+        if whole is not None:
+            writer.write(meta.name, whole)
+    dist.barrier(group)
+    if rank == 0:
+        partial.rename(folder)
+    dist.barrier(group)
+
+
+def _collect(
+    meta: TensorMeta,
+    regions: dict[Region, list[int]],
+    owner: int,
+    rank: int,
+    held: dict[tuple[str, Region], HFView],
+    group: dist.ProcessGroup | None,
+) -> torch.Tensor | None:
+    """Bring a tensor's regions together on `owner`; None on other ranks."""
+    whole = torch.empty(meta.shape, dtype=meta.dtype) if rank == owner else None
+    operations: list[dist.P2POp] = []
+    arriving: list[tuple[Region, torch.Tensor]] = []
+    for region, ranks in regions.items():
+        source = owner if owner in ranks else ranks[0]
+        if rank not in (owner, source):
+            continue
+        if owner == source:
+            assert whole is not None
+            held[meta.name, region].copy_to(whole[tuple(slice(*bounds) for bounds in region)])
+            continue
+        part = torch.empty([stop - start for start, stop in region], dtype=meta.dtype)
+        if rank == source:
+            held[meta.name, region].copy_to(part)
+            operations.append(dist.P2POp(dist.isend, part.view(-1).view(torch.uint8), group=group, group_peer=owner))
+        else:
+            arriving.append((region, part))
+            operations.append(dist.P2POp(dist.irecv, part.view(-1).view(torch.uint8), group=group, group_peer=source))
+    for request in dist.batch_isend_irecv(operations) if operations else []:
+        request.wait()
+    for region, part in arriving:
+        assert whole is not None
+        whole[tuple(slice(*bounds) for bounds in region)] = part
+    return whole
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCheckpoint:
+    """What `load_latest` found. `state` has the structure of the sharded state that was given; `extra` is this rank's."""
+
+    step: int
+    folder: Path
+    state: dict[str, Any]
+    extra: Any  # None if this rank saved nothing
+
+
+def save_checkpoint(
+    folder: Path, step: int, sharded_state: dict[str, Any], extra: Any = None, *, keep: int, group: dist.ProcessGroup | None = None
+) -> int:
+    """Save a checkpoint and remove all but the newest `keep`. A collective.
+
+    Args:
+        folder: of all checkpoints of the run, on storage that all ranks share.
+        sharded_state: the trainer's sharded_state_dict(), values of Megatron's dist_checkpointing mapping.
+        extra: anything of plain containers, numbers, strings and tensors, per rank; None saves nothing for this rank.
+        group: all ranks, on a CPU backend; None: the default group.
+    Returns: the oldest step that is kept.
+    """
+    # here, not above: on a CPU megatron can only be imported once the trainer has prepared torch for it
+    from megatron.core import dist_checkpointing
+
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    partial, final = folder / f"partial_{step:08d}", folder / _name(step)
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("partial_*"):
+            shutil.rmtree(stale)
+        (partial / "state").mkdir(parents=True)
+    dist.barrier(group)
+    dist_checkpointing.save(sharded_state, str(partial / "state"))
+    if extra is not None:
+        torch.save(extra, partial / f"extra_{rank}.pt")
+    dist.barrier(group)
+    files = sorted(str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file())
+    mine = {name: _fingerprint(partial / name) for name in files[rank::num_ranks]}
+    everyone: list[dict[str, Any]] = [{}] * num_ranks
+    dist.all_gather_object(everyone, mine, group=group)
+    if rank == 0:
+        marker = {"step": step, "num_ranks": num_ranks, "files": {name: entry for part in everyone for name, entry in part.items()}}
+        _write_durably(partial / _MARKER, json.dumps(marker, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(folder)
+        for old in sorted(_steps(folder))[:-keep]:
+            shutil.rmtree(folder / _name(old))
+    dist.barrier(group)
+    return min(_steps(folder))
+
+
+def load_latest(folder: Path, sharded_state: dict[str, Any], *, group: dist.ProcessGroup | None = None) -> LoadedCheckpoint | None:
+    """Load the newest checkpoint whose files are all there and unchanged; None if there is none. A collective.
+
+    Args:
+        sharded_state: the trainer's sharded_state_dict(is_loading=True); its layout may differ from the saved one's.
+    """
+    from megatron.core import dist_checkpointing
+
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    steps = [sorted(_steps(folder), reverse=True)]
+    dist.broadcast_object_list(steps, group=group, group_src=0)
+    for step in steps[0]:
+        checkpoint = folder / _name(step)
+        faults = [""] * num_ranks
+        dist.all_gather_object(faults, find_damage(checkpoint, part=rank, num_parts=num_ranks), group=group)
+        found = [fault for fault in faults if fault]
+        if found:
+            if rank == 0:
+                _LOG.warning("checkpoint %s is damaged and passed over: %s", checkpoint, found[0])
+            continue
+        state = dist_checkpointing.load(sharded_state, str(checkpoint / "state"))
+        assert isinstance(state, dict)
+        file = checkpoint / f"extra_{rank}.pt"
+        return LoadedCheckpoint(step, checkpoint, state, torch.load(file, weights_only=True) if file.exists() else None)
+    return None
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint of a run, for one process."""
+    for step in sorted(_steps(folder), reverse=True):
+        if not find_damage(folder / _name(step)):
+            return folder / _name(step)
+    return None
+
+
+def find_damage(checkpoint: Path, *, part: int = 0, num_parts: int = 1) -> str:
+    """Check every `num_parts`-th file from `part` on; "" or what is wrong."""
+    try:
+        files: Mapping[str, Mapping[str, Any]] = json.loads((checkpoint / _MARKER).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{_MARKER}: {error}"
+    for name in sorted(files)[part::num_parts]:
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != files[name]["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes; {files[name]['bytes']} were written"
+        if _fingerprint(file) != files[name]:
+            return f"{name} has another checksum than when it was written"
+    return ""
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(match[1]) for entry in folder.iterdir() if (match := re.fullmatch(r"step_(\d{8,})", entry.name))] if folder.is_dir() else []
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    """Size and xxh3-64 of a file, which is flushed to the disk first."""
+    digest, size = xxhash.xxh3_64(), 0
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        while chunk := opened.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "xxh3": digest.hexdigest()}
+
+
+def _write_durably(file: Path, text: str) -> None:
+    with file.open("w") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    _sync(file.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Flush a folder's entries to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
