@@ -16,8 +16,8 @@ VOCAB_SIZE = 64
 CONTEXT_LENGTH = 96
 
 
-def tiny_model(kind: str = "qwen3", *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A random model with sharply peaked next-token distributions, so that rounding does not flip a token."""
+def tiny_model(kind: str = "qwen3", *, dtype: torch.dtype = torch.float32, seed: int = 0, peaked: bool = True) -> PreTrainedModel:
+    """A random model. Peaked: with logits so far apart that rounding does not flip a token; else as a fresh model has them."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 48,
@@ -28,7 +28,7 @@ def tiny_model(kind: str = "qwen3", *, dtype: torch.dtype = torch.float32, seed:
         "head_dim": 16,
         "max_position_embeddings": CONTEXT_LENGTH,
         "rope_theta": 10_000.0,
-        "initializer_range": 0.2,
+        "initializer_range": 0.2 if peaked else 0.08,
         "tie_word_embeddings": kind == "qwen3",
         "use_sliding_window": False,
         "eos_token_id": None,
