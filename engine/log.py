@@ -92,6 +92,10 @@ class RunLog:
         """Seconds in each phase since the last `metrics`, nested phases not counted twice."""
         return {name: nanoseconds / 1e9 for name, nanoseconds in self._phase_ns.items()}
 
+    def step_seconds(self) -> float:
+        """Seconds since the last `metrics`."""
+        return time.monotonic() - self._last_metrics_s
+
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """End a step: rank 0 writes `values`, the seconds since the last call (`step_s`) and those of each phase (`phase_s/NAME`).
 

@@ -1,0 +1,179 @@
+"""From a configuration to the parts of a run. Every choice between implementations is one `if` here."""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tandem.engine.checkpoint.disk import load_hf_weights, load_latest, read_hf_config, save_checkpoint
+from tandem.engine.checkpoint.swap import WeightSwap
+from tandem.engine.data.arithmetic import write_task
+from tandem.engine.data.prompts import load_prompts
+from tandem.engine.data.replay import ReplayBuffer
+from tandem.engine.data.sampler import PromptSampler
+from tandem.engine.data.sft import SFTExample, load_sft
+from tandem.engine.data.tokenizer import load_tokenizer, padded_vocab_size
+from tandem.engine.reward.judge import DOMAINS, Judge
+from tandem.engine.rollout.budget import generate_groups, sample_seed
+from tandem.engine.rollout.embedded import EmbeddedEngine
+from tandem.engine.run import Run
+from tandem.engine.trainer.layers import qwen3_hf_config
+from tandem.engine.trainer.megatron import MegatronTrainer
+from tandem.engine.trainer.mesh import build_mesh, destroy_mesh
+from tandem.engine.trainer.optimizer import learning_rate
+from tandem.engine.types import Group, Prompt
+
+
+def num_tokens(groups: Sequence[Group]) -> int:
+    """Response tokens of all groups."""
+    return sum(response.num_tokens for group in groups for response in group.responses)
+
+
+@contextlib.contextmanager
+def build(run: Run) -> Iterator["Parts"]:
+    """Build the parts, and close what owns processes and files at the end, whatever happened."""
+    with contextlib.ExitStack() as stack:
+        yield Parts(run, stack)
+
+
+class Parts:
+    """The parts of a run, and what involves several of them at once: resuming, saving, generating."""
+
+    def __init__(self, run: Run, stack: contextlib.ExitStack) -> None:
+        self.run, config = run, run.config
+        self.tokenizer = load_tokenizer(config.model.path)
+        if config.model.path is None:
+            hf_config = qwen3_hf_config(config.model, padded_vocab_size(self.tokenizer))
+        else:
+            hf_config = read_hf_config(Path(config.model.path))
+
+        self.hidden_size: int = hf_config["hidden_size"]
+
+        files = self._data_files()
+        read = functools.partial(
+            load_prompts, tokenizer=self.tokenizer, config=config.data, context_length=config.model.context_length, domains=DOMAINS
+        )
+        prompts = read(files["prompts"])
+        self.eval_prompts: Sequence[Prompt] = read(files["eval"])[: config.evaluation.max_prompts] if files["eval"] else ()
+        self._sft_file = files["sft"]
+
+        self.mesh = build_mesh(config.mesh, hf_config)
+        stack.callback(destroy_mesh)
+        self.trainer = MegatronTrainer(
+            hf_config, self.mesh, config.trainer, loss=config.loss, temperature=config.rollout.temperature, seed=config.seed
+        )
+        if config.model.path is not None:
+            load_hf_weights(Path(config.model.path), self.trainer)
+
+        self.engine = self._start_engine(hf_config, stack) if run.is_leader else None
+        self.weights = WeightSwap(self.trainer, self.engine, config.swap, control_group=run.control)
+        stack.callback(self.weights.close)
+        self.judge = Judge(config.reward, self.tokenizer)
+        self.sampler = PromptSampler(config.sampling, prompts, seed=config.seed) if run.rank == 0 else None
+        (run.dir / "replay").mkdir(exist_ok=True)
+        self.buffer = ReplayBuffer(run.dir / "replay" / f"rank_{run.rank}.sqlite")
+        stack.callback(self.buffer.close)
+        self._checkpoints = run.dir / "checkpoints"
+        self.num_generated = 0  # by this leader since the run started
+
+    def _data_files(self) -> dict[str, Path | None]:
+        """The user's files, or those of the recipe's task, which rank 0 writes into the run folder."""
+        data, folder = self.run.config.data, self.run.dir / "data"
+        if data.task is not None and self.run.rank == 0:
+            write_task(data.task, folder, seed=self.run.config.seed)
+        self.run.barrier()
+        own = {name: folder / f"{name}.jsonl" if data.task is not None else None for name in ("prompts", "eval", "sft")}
+        if data.prompts is not None:
+            own["eval"] = None  # the task's test set says nothing about other prompts
+        named = {"prompts": data.prompts, "eval": data.eval_prompts, "sft": data.sft}
+        files = {name: Path(path) if (path := named[name]) is not None else own[name] for name in named}
+        if files["prompts"] is None:
+            raise ValueError("data.prompts is None and the recipe brings no task; give a JSONL file with --data.prompts FILE")
+        if self.run.config.sft and files["sft"] is None:
+            raise ValueError("sft has stages but data.sft is None; give a JSONL file with --data.sft FILE, or no stages")
+        return files
+
+    def _stop_token_ids(self, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
+        """The tokenizer's end token and those that the model's configuration names."""
+        named = hf_config.get("eos_token_id")
+        of_model = named if isinstance(named, list) else [named]
+        return tuple(sorted({token for token in [self.tokenizer.eos_token_id, *of_model] if token is not None}))
+
+    def _start_engine(self, hf_config: Mapping[str, Any], stack: contextlib.ExitStack) -> EmbeddedEngine:
+        config = self.run.config
+        (self.run.dir / "logs").mkdir(exist_ok=True)
+        engine = EmbeddedEngine(
+            hf_config,
+            config.rollout,
+            dtype=config.trainer.dtype,
+            context_length=config.model.context_length,
+            stop_token_ids=self._stop_token_ids(hf_config),
+            num_threads=self.run.num_threads,
+            log_path=self.run.dir / "logs" / f"engine_{self.run.rank}.log",
+            timeout_s=config.swap.timeout_s,
+        )
+        stack.callback(engine.close)
+        return engine
+
+    def sft_examples(self, max_tokens: int) -> list[SFTExample]:
+        """The examples of the supervised warm start, none longer than `max_tokens`."""
+        assert self._sft_file is not None
+        return load_sft(self._sft_file, self.tokenizer, self.run.config.data, max_tokens=max_tokens)
+
+    def generate(
+        self, groups: Sequence[Group], step: int, *, token_budget: int | None = None, temperature: float | None = None
+    ) -> Iterator[Group]:
+        """Continue the responses of this leader's groups; see `generate_groups`. On other ranks there are none."""
+        if self.engine is None:
+            return
+        config, seed = self.run.config, self.run.config.seed
+        self.num_generated -= num_tokens(groups)
+        for group in generate_groups(
+            self.engine,
+            groups,
+            config=config.rollout,
+            context_length=config.model.context_length,
+            seed_of=lambda prompt_id, sample, segment: sample_seed(seed, step, prompt_id, sample, segment),
+            token_budget=token_budget,
+            temperature=temperature,
+        ):
+            self.num_generated += num_tokens([group])
+            yield group
+
+    def begin_updates(self, step: int) -> None:
+        """The iteration's learning rate, and the fresh optimizer that the paper asks for."""
+        config = self.run.config.trainer
+        if config.reset_optimizer:
+            self.trainer.reset_optimizer()
+        self.trainer.set_learning_rate(learning_rate(config.optimizer, step, self.run.config.steps))
+
+    def checkpoint_if_due(self, step: int) -> None:
+        """Save every `checkpoint.every` iterations and after the last."""
+        every = self.run.config.checkpoint.every
+        if step == self.run.config.steps or (every and step % every == 0):
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Save everything that iteration `step` starts from. A collective."""
+        with self.run.log.phase("checkpoint"):
+            state = {"sampler": self.sampler.state_dict()} if self.sampler is not None else None
+            oldest = save_checkpoint(
+                self._checkpoints, step, self.trainer.sharded_state_dict(), state, keep=self.run.config.checkpoint.keep
+            )
+            self.buffer.prune(oldest)
+
+    def resume(self) -> bool:
+        """Go back to the newest checkpoint, if there is one. A collective. Returns whether there was."""
+        found = load_latest(self._checkpoints, self.trainer.sharded_state_dict(is_loading=True))
+        if found is None:
+            step = 0
+        else:
+            step = found.step
+            self.trainer.load_sharded(found.state)
+            if self.sampler is not None:
+                self.sampler.load_state_dict(found.extra["sampler"])
+        self.buffer.rewind(step)
+        self.run.log.rewind(step if found is not None else -1)
+        self.run.first_step = step
+        return found is not None

@@ -1,0 +1,160 @@
+"""Run: the ranks, their process groups, the run folder and its log. The only reader of environment variables."""
+
+import dataclasses
+import json
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tandem.engine.config import RunConfig, check
+from tandem.engine.data.sampler import PromptSampler
+from tandem.engine.hardware import describe_hardware, explain
+from tandem.engine.log import RunLog
+from tandem.engine.rollout.budget import new_group
+from tandem.engine.types import Group, Prompt
+
+
+class Run:
+    """One rank's view of the run. A context manager: leaving it closes the log and the process groups.
+
+    `control` is a gloo group over all ranks for what is not on a GPU: plans, counts, rows of tokens.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._owns_process_group = not dist.is_initialized()
+        if self._owns_process_group:  # by torchrun, or one process alone
+            self.rank, self.num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+            self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        else:  # by a caller that forked the ranks, all on this machine
+            self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+            self.local_rank, self.ranks_per_node = self.rank, self.num_ranks
+        check(
+            self.ranks_per_node % config.rollout.tp == 0,
+            "rollout.tp",
+            config.rollout.tp,
+            f"it must divide the ranks of a node ({self.ranks_per_node})",
+        )
+        self.is_leader = self.rank % config.rollout.tp == 0
+        self.leaders = tuple(range(0, self.num_ranks, config.rollout.tp))
+        self.dir = Path(config.run_dir or Path("runs") / config.name).absolute()
+        self.hardware = describe_hardware(ranks_per_node=self.ranks_per_node)
+        self.num_threads = max(1, self.hardware.num_cores // self.ranks_per_node)
+        self.first_step = 0
+
+    def __enter__(self) -> Self:
+        self.dir.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(self.num_threads)
+        if self.hardware.gpus:
+            torch.cuda.set_device(self.local_rank)
+        backend = "cpu:gloo,cuda:nccl" if self.hardware.gpus else "gloo"
+        if not self._owns_process_group:
+            pass
+        elif "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        self.control = dist.new_group(backend="gloo")
+        self.log = RunLog(self.dir, rank=self.rank, num_ranks=self.num_ranks, config=self.config.log, num_steps=self.config.steps)
+        if self.rank == 0:
+            for line in explain(self.hardware, self.config):
+                print(line, flush=True)
+            self._save_config()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.log.flush()
+            dist.barrier(group=self.control)  # rank 0 then merges the traces of all
+        self.log.close()
+        if self._owns_process_group:
+            dist.destroy_process_group()
+
+    def _save_config(self) -> None:
+        """Write config.json; refuse to resume a run of another model, which its checkpoints cannot fit."""
+        path, config = self.dir / "config.json", json.loads(json.dumps(self.config.to_dict()))
+        if path.exists():
+            before = json.loads(path.read_text())
+            if before["model"] != config["model"]:
+                raise ValueError(
+                    f"{self.dir} holds a run with model {before['model']}, and this one has {config['model']}; "
+                    "choose another --run-dir or delete the folder"
+                )
+        path.write_text(json.dumps(config, indent=1))
+
+    def steps(self) -> Iterator[int]:
+        """The iterations still to do."""
+        yield from range(self.first_step, self.config.steps)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self.control)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank. For small things: it is pickled."""
+        values: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def sum(self, value: int) -> int:
+        """The sum over all ranks."""
+        total = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(total, group=self.control)
+        return int(total)
+
+    def share(self, total: int | None) -> int | None:
+        """This leader's part of a number that holds for all ranks; the parts sum to it."""
+        if total is None:
+            return None
+        if not self.is_leader:
+            return 0
+        index = self.leaders.index(self.rank)
+        return total // len(self.leaders) + (index < total % len(self.leaders))
+
+    def draw(self, sampler: PromptSampler | None, in_flight: Sequence[Group], *, step: int) -> list[Group]:
+        """New groups for this leader, so that with those in flight on all ranks there are `sampling.groups_in_flight`.
+
+        A collective. The sampler lives on rank 0; prompts are dealt so that every leader ends with the same number of groups, or one more.
+        """
+        flights = self.gather([group.prompt.id for group in in_flight])
+        dealt: list[list[Prompt]] = [[] for _ in range(self.num_ranks)]
+        if sampler is not None:
+            busy = {prompt_id for of_rank in flights for prompt_id in of_rank}
+            num_missing = max(0, self.config.sampling.groups_in_flight - sum(map(len, flights)))
+            for prompt in sampler.draw(num_missing, step=step, exclude=busy):
+                least = min(self.leaders, key=lambda rank: (len(flights[rank]) + len(dealt[rank]), rank))
+                dealt[least].append(prompt)
+        box: list[Any] = [None]
+        dist.scatter_object_list(box, dealt if self.rank == 0 else None, src=0, group=self.control)
+        return [new_group(prompt, self.config.sampling.num_samples, first_iteration=step) for prompt in box[0]]
+
+    def observe(self, sampler: PromptSampler | None, groups: Sequence[Group]) -> None:
+        """Tell rank 0's sampler the success rates of the groups just scored on all ranks. A collective."""
+        rates = self.gather([(group.prompt.id, group.success_rate) for group in groups])
+        if sampler is not None:
+            for prompt_id, rate in sorted(rate for of_rank in rates for rate in of_rank):
+                sampler.observe(prompt_id, rate)
+
+    def exchange(self, parcels: Sequence[Any]) -> list[Any]:
+        """Send parcels[r] to rank r and return what the ranks sent here, in rank order. A collective (all-to-all of bytes)."""
+        blobs = [np.frombuffer(pickle.dumps(parcel, protocol=5), dtype=np.uint8) for parcel in parcels]
+        num_sent = torch.tensor([len(blob) for blob in blobs], dtype=torch.int64)
+        num_received = torch.empty_like(num_sent)
+        dist.all_to_all_single(num_received, num_sent, group=self.control)
+        sent, received = torch.from_numpy(np.concatenate(blobs)), torch.empty(int(num_received.sum()), dtype=torch.uint8)
+        dist.all_to_all_single(received, sent, num_received.tolist(), num_sent.tolist(), group=self.control)
+        return [pickle.loads(part.numpy().tobytes()) for part in received.split(num_received.tolist())]
+
+    def resolved(self, **changes: Any) -> None:
+        """Replace top-level fields of the configuration by what was resolved at start-up, and save them."""
+        self.config = dataclasses.replace(self.config, **changes)
+        if self.rank == 0:
+            self._save_config()

@@ -1,0 +1,62 @@
+"""The main loop: generate, grade, update, again.
+
+    torchrun --nproc-per-node 2 -m tandem.engine.train toy_cpu [--field value]
+
+Every rank runs `train()`. In the `serving` block the machine belongs to the rollout engine; outside it belongs to Megatron.
+"""
+
+import sys
+
+from tandem.engine.build import build
+from tandem.engine.config import RunConfig
+from tandem.engine.deal import deal_updates
+from tandem.engine.evaluate import evaluate
+from tandem.engine.recipes.registry import parse_recipe
+from tandem.engine.run import Run
+from tandem.engine.sft import warm_start
+from tandem.engine.stats import finish_step
+
+
+def train(config: RunConfig) -> None:
+    """Run the recipe from where its run folder stands to its last iteration."""
+    with Run(config) as run, build(run) as parts:
+        weights, judge, trainer = parts.weights, parts.judge, parts.trainer
+        sampler, buffer, phase = parts.sampler, parts.buffer, run.log.phase
+        parts.resume() or warm_start(run, parts)
+
+        for step in run.steps():
+            buffer.begin_iteration(step)
+            with weights.serving(policy_version=step):
+                held_out = evaluate(run, parts, step)
+                with phase("rollout"):
+                    while run.sum(buffer.num_scored) < config.replay.groups_per_update:
+                        groups = buffer.pop_partial()  # cut by the token budget last time
+                        groups += run.draw(sampler, groups, step=step)
+                        for group in parts.generate(groups, step, token_budget=run.share(config.rollout.token_budget)):
+                            if group.is_finished:
+                                buffer.push_scored([judge.score(group)])  # while the engine goes on generating
+                            else:
+                                buffer.push_partial([group])
+            with phase("pack"):
+                groups = buffer.pop_scored()
+                run.observe(sampler, groups)  # success rates steer the next draw
+                batch = deal_updates(run, parts, groups, step)
+            with phase("reference"):  # the policy at the iteration's start
+                recompute = config.loss.reference == "recompute"
+                reference = [trainer.logprobs(microbatches) for microbatches in batch.updates] if recompute else None
+            with phase("train"):
+                parts.begin_updates(step)
+                stats = trainer.update(batch.updates, batch.normalisers, reference)
+            finish_step(run, parts, step, groups, batch, {**held_out, **stats})
+
+        with weights.serving(policy_version=config.steps):
+            run.log.metrics(config.steps, evaluate(run, parts, config.steps))
+
+
+def main() -> None:
+    """Entry point of `python -m tandem.engine.train RECIPE …`."""
+    train(parse_recipe(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
