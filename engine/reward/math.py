@@ -17,9 +17,15 @@ _NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))"
 _LAST_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-+]?\.\d+")
 _PLAIN_NUMBER = re.compile(rf"({_NUMBER})(?:/({_NUMBER}))?")
 _MARKED = re.compile(r"####[ \t]*([^\n]+)")
-_SPOKEN = re.compile(r"answer\s*(?:is|:|=)\s*:?\s*([^\n]+)", re.IGNORECASE)
-# Long exponents, towers of exponents, and factorials of three digits and more: their value may not fit into memory.
-_EXPLODES = re.compile(r"(?:\^|\*\*)\s*\{?\s*[-+]?\d{4,}|(?:\^|\*\*)[^\s,;]*(?:\^|\*\*)|\d{3,}\s*\)*\s*!|!\s*!|e[+]?\d{4,}", re.IGNORECASE)
+_SPOKEN = re.compile(r"answer[ \t]*(?:is|:|=)[ \t]*:?[ \t]*([^\n]+)", re.IGNORECASE)
+# What may not fit into memory once evaluated: exponents of four digits and more, powers of powers, factorials of three digits and more.
+_POWER = r"(?:\^|\*\*)\s*"
+_EXPLODES = re.compile(
+    rf"{_POWER}[{{(]?\s*[-+]?\d{{4,}}"
+    rf"|{_POWER}(?:\{{[^{{}}]*|\([^()]*|[{{(\s]*[-+]?[\d.]+[\s}})]*){_POWER}"
+    r"|\d{3,}\s*\)*\s*!|!\s*!|\de\+?\d{4,}",
+    re.IGNORECASE,
+)
 
 
 def grade_math(response_text: str, reference_answer: str, *, is_complete: bool = True) -> Verdict:
