@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.module import MegatronModule
 
 from tandem.engine.config import ModelConfig, TrainerConfig
 from tandem.engine.trainer.batch import LocalBatch
@@ -179,11 +180,8 @@ class Norm(torch.nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(MegatronModule):
     """silu(gate) * up, where [gate, up] is the input's last axis."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return swiglu(x)

@@ -127,18 +127,17 @@ def initialise(chunks: list[PolicyModel], mesh: Mesh, seed: int) -> None:
                 name = EMBEDDING
             is_expert = "local_experts" in name
             size, rank = (mesh.etp_size, mesh.etp_rank) if is_expert else (mesh.tp_size, mesh.tp_rank)
-            if not parameter.tensor_model_parallel and not (is_expert and size > 1):  # pyright: ignore[reportAttributeAccessIssue]
-                size, rank = 1, 0
-            dim, stride = parameter.partition_dim, parameter.partition_stride  # pyright: ignore[reportAttributeAccessIssue]
+            # Megatron marks the parameters that it splits; the router has no mark.
+            is_split = size > 1 and hasattr(parameter, "partition_dim")
             shape = list(parameter.shape)
-            if size > 1:
-                shape[dim] *= size
+            if is_split:
+                shape[parameter.partition_dim] *= size  # pyright: ignore[reportAttributeAccessIssue]
             std = EMBEDDING_STD if name == EMBEDDING else shape[1] ** -0.5
             if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
                 std /= math.sqrt(2 * chunk.config.num_layers)
             generator = torch.Generator().manual_seed((seed << 32 | zlib.crc32(name.encode())) & (2**63 - 1))
             whole = torch.randn(shape, generator=generator) * std
-            if size > 1:  # `stride` matrices lie one after the other (gate and up), and each is split
-                pieces = [part.chunk(size, dim)[rank] for part in whole.chunk(stride, dim)]
-                whole = torch.cat(pieces, dim)
+            if is_split:  # `stride` matrices lie one after the other (gate and up), and each is split
+                dim, stride = parameter.partition_dim, parameter.partition_stride  # pyright: ignore[reportAttributeAccessIssue]
+                whole = torch.cat([part.chunk(size, dim)[rank] for part in whole.chunk(stride, dim)], dim)
             parameter.copy_(whole)
