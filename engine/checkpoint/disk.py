@@ -13,6 +13,7 @@ A folder gets its name only when it is complete; a half-written one has another 
 import json
 import logging
 import os
+import queue
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -191,7 +192,12 @@ def save_checkpoint(
     """
     # here, not above: on a CPU megatron can only be imported once the trainer has prepared torch for it
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+    # Otherwise Megatron starts a process that imports this program again, to hold a queue that a waiting save does not share.
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.SimpleQueue()
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     partial, final = folder / f"partial_{step:08d}", folder / _name(step)
     if rank == 0:
@@ -200,7 +206,8 @@ def save_checkpoint(
             shutil.rmtree(stale)
         (partial / "state").mkdir(parents=True)
     dist.barrier(group)
-    dist_checkpointing.save(sharded_state, str(partial / "state"))
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    dist_checkpointing.save(sharded_state, str(partial / "state"), strategy)
     if extra is not None:
         torch.save(extra, partial / f"extra_{rank}.pt")
     dist.barrier(group)

@@ -1,0 +1,230 @@
+"""Hugging Face folders and run checkpoints, with the real trainer and with transformers."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import tandem.engine.trainer  # noqa: F401  before megatron
+from tandem.engine.checkpoint.disk import (
+    export_hf,
+    find_damage,
+    latest_checkpoint,
+    load_hf_weights,
+    load_latest,
+    read_hf_config,
+    save_checkpoint,
+)
+from tandem.engine.config import LossConfig, MeshConfig, TrainerConfig
+from tandem.engine.trainer.megatron import MegatronTrainer
+from tandem.engine.trainer.mesh import build_mesh
+from tandem.engine.types import WeightShard
+from tests.checkpoint.test_names import DENSE, megatron_shards, random_hf_state
+from tests.ranks import run_ranks
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+MOE_SIZES: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+TOKENS = torch.arange(1, 33).view(2, 16)
+
+
+def hf_folder(folder: Path, kind: str) -> Path:
+    """A tiny random model as transformers saves it."""
+    torch.manual_seed(3)
+    if kind == "moe":
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **MOE_SIZES, tie_word_embeddings=False))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=kind == "tied"))
+    model.save_pretrained(folder, max_shard_size="40KB")
+    return folder
+
+
+def build_trainer(folder: Path, mesh: MeshConfig) -> MegatronTrainer:
+    config = read_hf_config(folder)
+    return MegatronTrainer(config, build_mesh(mesh, config), TrainerConfig(), LossConfig(), 1.0, None)
+
+
+def import_and_export(source: Path, target: Path, mesh: MeshConfig) -> None:
+    trainer = build_trainer(source, mesh)
+    load_hf_weights(source, trainer)
+    tokenizer = source / "tokenizer.json"
+    export_hf(trainer, target, max_shard_bytes=40_000, extra_files=[tokenizer])
+    with pytest.raises(ValueError, match="exists"):
+        export_hf(trainer, target)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        ("dense", MeshConfig(tp=2)),
+        ("tied", MeshConfig(pp=2)),
+        ("moe", MeshConfig(ep=2)),
+        ("moe", MeshConfig(tp=2, sequence_parallel=True, ep=2)),
+    ],
+    ids=["dense tp2", "tied pp2", "moe ep2", "moe tp2 ep2"],
+)
+def test_a_model_comes_back_bit_for_bit_and_transformers_computes_the_same_logits(tmp_path: Path, kind: str, mesh: MeshConfig):
+    source = hf_folder(tmp_path / "source", kind)
+    (source / "tokenizer.json").write_text("{}")
+    target = tmp_path / "target"
+    run_ranks(import_and_export, 2, source, target, mesh)
+    assert (target / "tokenizer.json").read_text() == "{}"
+    before, after = tensors_of(source), tensors_of(target)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert len(list(target.glob("*.safetensors"))) > 1
+    with torch.no_grad():
+        logits = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(TOKENS).logits for folder in (source, target)]
+    # the same weights lie elsewhere in their files, and matrix kernels choose by alignment: a few units in the last place
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+class OneRank:
+    """The whole model in one process, cut by hand."""
+
+    def __init__(self) -> None:
+        self.hf_config = DENSE
+        self.shards = megatron_shards(DENSE, random_hf_state(DENSE, seed=0), 1, 1, 1, 1)[0]
+
+    def weight_shards(self) -> list[WeightShard]:
+        return self.shards
+
+    def weights_changed(self) -> None: ...
+
+
+def broken(folder: Path, how: str) -> None:
+    state = random_hf_state(DENSE, seed=0)
+    (folder / "config.json").write_text(json.dumps(DENSE))
+    if how == "missing":
+        del state["model.norm.weight"]
+    elif how == "unexpected":
+        state["model.extra.weight"] = torch.zeros(1)
+    elif how == "shape":
+        state["model.norm.weight"] = torch.zeros(25)
+    if how != "no weights":
+        save_file(state, folder / "model.safetensors")
+    if how == "truncated":
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    if how == "shard":
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}})
+        )
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "lacks 1 tensors .*model.norm.weight"),
+        ("unexpected", "has unexpected 1 tensors .*model.extra.weight"),
+        ("shape", r"model.norm.weight has shape \(25,\); config.json needs \(24,\)"),
+        ("no weights", r"has no weights; looked for model.safetensors.index.json and \*.safetensors"),
+        ("truncated", "is not a safetensors file"),
+        ("shard", "lacks model-00001-of-00002.safetensors, which model.safetensors.index.json names"),
+    ],
+)
+def test_a_broken_model_folder_is_a_clear_error(tmp_path: Path, how: str, message: str):
+    broken(tmp_path, how)
+    with pytest.raises(ValueError, match=message):
+        load_hf_weights(tmp_path, OneRank())
+
+
+def test_a_folder_that_is_no_model_says_what_was_looked_for(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"is not a folder; a model folder holds config.json"):
+        read_hf_config(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"it has no config.json"):
+        read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no model_type"):
+        read_hf_config(tmp_path)
+
+
+def save_steps(source: Path, folder: Path, mesh: MeshConfig, steps: list[int]) -> list[int]:
+    """Save one checkpoint per step, whose final norm is the step."""
+    trainer = build_trainer(source, mesh)
+    load_hf_weights(source, trainer)
+    oldest = []
+    for step in steps:
+        for weight in trainer.weight_shards():
+            if weight.name == "decoder.final_layernorm.weight":
+                weight.tensor.data.fill_(step)
+        trainer.weights_changed()
+        extra = {"rank": dist.get_rank(), "seen": {7: [0.5, "a"]}} if dist.get_rank() == 0 else None
+        oldest.append(save_checkpoint(folder, step, trainer.sharded_state_dict(), extra, keep=2))
+    return oldest
+
+
+def load_step(source: Path, folder: Path, mesh: MeshConfig) -> tuple[int, Any, dict[str, torch.Tensor]] | None:
+    trainer = build_trainer(source, mesh)
+    found = load_latest(folder, trainer.sharded_state_dict(is_loading=True))
+    if found is None:
+        return None
+    trainer.load_sharded(found.state)
+    return found.step, found.extra, {shard.name: shard.tensor.detach().clone() for shard in trainer.weight_shards()}
+
+
+@pytest.mark.distributed
+def test_the_newest_whole_checkpoint_is_loaded_on_another_layout(tmp_path: Path):
+    source, folder = hf_folder(tmp_path / "source", "dense"), tmp_path / "checkpoints"
+    assert run_ranks(load_step, 1, source, folder, MeshConfig()) == [None]
+    assert run_ranks(save_steps, 2, source, folder, MeshConfig(tp=2), [1, 2, 3]) == [[1, 1, 2]] * 2
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000002", "step_00000003"]
+
+    ((step, extra, weights),) = run_ranks(load_step, 1, source, folder, MeshConfig())
+    assert step == 3
+    assert extra == {"rank": 0, "seen": {7: [0.5, "a"]}}
+    assert (weights["decoder.final_layernorm.weight"] == 3).all()
+    assert torch.equal(weights["embedding.word_embeddings.weight"], tensors_of(source)["model.embed_tokens.weight"])
+
+    # killed while writing: a folder without its name, and one whose marker lacks
+    shutil.copytree(folder / "step_00000003", folder / "partial_00000004")
+    shutil.copytree(folder / "step_00000003", folder / "step_00000005")
+    (folder / "step_00000005" / "complete.json").unlink()
+    assert latest_checkpoint(folder) == folder / "step_00000003"
+
+    # a flipped bit
+    victim = max((folder / "step_00000003" / "state").iterdir(), key=lambda file: file.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    assert "another checksum" in find_damage(folder / "step_00000003")
+    step, extra, weights = run_ranks(load_step, 2, source, folder, MeshConfig(pp=2))[1]
+    assert (step, extra) == (2, None)
+    assert (weights["decoder.final_layernorm.weight"] == 2).all()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete"])
+def test_a_lost_file_is_found(tmp_path: Path, damage: str):
+    file = tmp_path / "state.bin"
+    file.write_bytes(b"12345678")
+    (tmp_path / "complete.json").write_text(json.dumps({"files": {"state.bin": {"bytes": 8, "xxh3": "0"}}}))
+    if damage == "truncate":
+        file.write_bytes(b"1234")
+        assert find_damage(tmp_path) == "state.bin has 4 bytes; 8 were written"
+    else:
+        file.unlink()
+        assert find_damage(tmp_path) == "state.bin is missing"
