@@ -5,21 +5,19 @@ import logging
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tandem.engine.config import DataConfig, check
 from tandem.engine.data.jsonl import read_jsonl, text_field
+from tandem.engine.data.tokenizer import HFTokenizer
 from tandem.engine.types import Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 
 def load_prompts(
     path: str | Path,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: HFTokenizer,
     config: DataConfig,
     *,
     context_length: int,
@@ -72,7 +70,7 @@ def load_prompts(
     return prompts
 
 
-def encode_prompt(text: str, tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> list[int]:
+def encode_prompt(text: str, tokenizer: HFTokenizer, config: DataConfig) -> list[int]:
     """Token ids of a question under the configured template, special tokens included; what RL and SFT both start from.
 
     Raises: ValueError if the template lacks {question}, or a chat template is asked for and the tokenizer has none.
@@ -86,7 +84,6 @@ def encode_prompt(text: str, tokenizer: "PreTrainedTokenizerBase", config: DataC
     turns = [{"role": "user", "content": text}]
     # The template writes its special tokens itself.
     rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert isinstance(rendered, str)
     return tokenizer.encode(rendered, add_special_tokens=False)
 
 

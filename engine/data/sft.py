@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +10,7 @@ from numpy.typing import NDArray
 from tandem.engine.config import DataConfig
 from tandem.engine.data.jsonl import read_jsonl, text_field
 from tandem.engine.data.prompts import encode_prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from tandem.engine.data.tokenizer import HFTokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +25,7 @@ class SFTExample:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-def load_sft(path: str | Path, tokenizer: "PreTrainedTokenizerBase", config: DataConfig, *, max_tokens: int) -> list[SFTExample]:
+def load_sft(path: str | Path, tokenizer: HFTokenizer, config: DataConfig, *, max_tokens: int) -> list[SFTExample]:
     """Read lines with `prompt` and `response`; the prompt goes through the same template as in RL.
 
     Raises: ValueError that names file and line for a bad line and for an example of more than `max_tokens` tokens.

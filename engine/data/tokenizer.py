@@ -4,36 +4,52 @@ Transformers is imported inside the functions: it takes seconds, and a process t
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol, cast
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from tandem.engine.types import Tokenizer
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
-def byte_tokenizer() -> "PreTrainedTokenizerBase":
+class HFTokenizer(Tokenizer, Protocol):
+    """What is used of transformers' PreTrainedTokenizerBase beyond turning text into ids and back."""
+
+    bos_token_id: int | None
+    eos_token: str | None
+    chat_template: str | None
+
+    def __len__(self) -> int: ...
+
+    def apply_chat_template(self, conversation: Sequence[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str: ...
+
+    def save_pretrained(self, save_directory: str | Path) -> object: ...
+
+
+def byte_tokenizer() -> HFTokenizer:
     """One token per UTF-8 byte (ids 0–255), then <pad> 256, <bos> 257 and <eos> 258. Lossless on any text.
 
     `encode(text, add_special_tokens=True)` puts <bos> in front and nothing behind: it makes prompts. Text that spells a special
     token is that token, as with every Hugging Face tokenizer.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     # A BPE without merges leaves single bytes; each is written as the printable character that byte-level BPE gives it.
     vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, BOS, EOS)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
     )
+    return cast(HFTokenizer, made)
 
 
 def _byte_characters() -> list[str]:
@@ -43,7 +59,7 @@ def _byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def load_tokenizer(path: str | Path | None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(path: str | Path | None) -> HFTokenizer:
     """The tokenizer of a Hugging Face folder; None: the byte-level one.
 
     Nothing is fetched: `path` is a local folder. Raises: ValueError when it is none, holds no tokenizer, or one without an end token.
@@ -59,7 +75,7 @@ def load_tokenizer(path: str | Path | None) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = cast(HFTokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} holds a tokenizer that transformers cannot load: {error}") from error
     if tokenizer.eos_token_id is None:
@@ -67,6 +83,6 @@ def load_tokenizer(path: str | Path | None) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def padded_vocab_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+def padded_vocab_size(tokenizer: HFTokenizer) -> int:
     """Rows of the embedding for this tokenizer: its largest id plus one, rounded up to a multiple of 8."""
     return -(-len(tokenizer) // 8) * 8
