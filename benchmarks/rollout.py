@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+import xxhash
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from tandem.engine.config import RepetitionConfig, RolloutConfig
 from tandem.engine.rollout.embedded import EmbeddedEngine
@@ -68,8 +70,6 @@ def workload(num_requests: int) -> list[GenerationRequest]:
 
 
 def swap_in(engine: EmbeddedEngine, model: Qwen3ForCausalLM) -> None:
-    import xxhash
-
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     engine.prepare(0, [TensorMeta(name=name, shape=tuple(t.shape), dtype=t.dtype) for name, t in tensors.items()])
     with tempfile.NamedTemporaryFile(dir="/dev/shm") as bucket:
@@ -105,7 +105,8 @@ def run_generate(model: Qwen3ForCausalLM, requests: list[GenerationRequest], bat
             row[longest - len(request.token_ids) :] = torch.tensor(request.token_ids)
         num_new = max(request.max_new_tokens for request in part)
         generation = GenerationConfig(do_sample=True, max_new_tokens=num_new, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=PAD)
-        out = model.generate(inputs=ids, attention_mask=(ids != PAD).long(), generation_config=generation)
+        inputs: Any = {"inputs": ids, "attention_mask": (ids != PAD).long(), "generation_config": generation}
+        out = model.generate(**inputs)  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(out, torch.Tensor)
         assert out.shape == (len(part), longest + num_new), out.shape
 
@@ -128,7 +129,7 @@ def run_continuous(manager: Any, requests: list[GenerationRequest]) -> None:
     assert num_tokens == sum(request.max_new_tokens for request in requests), num_tokens
 
 
-def tokens_per_s(run: Callable[[], None], num_tokens: int, repeats: int) -> list[float]:
+def tokens_per_s(run: Callable[[], object], num_tokens: int, repeats: int) -> list[float]:
     rates = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -153,7 +154,7 @@ def main() -> None:
     print(f"{len(requests)} responses, {num_tokens} tokens, median {lengths[len(lengths) // 2]}, longest {lengths[-1]}; fp32")
     rows: list[tuple[str, int, list[float]]] = []
 
-    def measure(name: str, batch: int, run: Callable[[], None]) -> None:
+    def measure(name: str, batch: int, run: Callable[[], object]) -> None:
         rates = tokens_per_s(run, num_tokens, arguments.repeats)
         rows.append((name, batch, rates))
         print(f"{name:32} batch {batch:4}   {max(rates):9.0f} tokens/s   ({', '.join(f'{rate:.0f}' for rate in rates)})", flush=True)
@@ -167,7 +168,7 @@ def main() -> None:
         difference = max_logprob_difference(model, requests, completions)
         print(f"log-probs differ from the transformers model by at most {difference:.1e} nats")
         assert difference <= 1e-5, difference
-        measure("embedded", arguments.max_batch, lambda: list(engine.generate(requests)) and None)
+        measure("embedded", arguments.max_batch, lambda: list(engine.generate(requests)))
     if arguments.only:
         return
     for batch in (64, arguments.max_batch):
@@ -175,7 +176,7 @@ def main() -> None:
         measure("transformers generate()", batch, lambda batch=batch: run_generate(model, requests, batch))
     generation = GenerationConfig(do_sample=True, max_new_tokens=CONTEXT_LENGTH, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=PAD)
     for batch in (16, 32, 64, arguments.max_batch):
-        continuous = transformers.generation.ContinuousBatchingConfig(
+        continuous = ContinuousBatchingConfig(
             page_size=32, num_blocks=8 * batch + 64, max_batch_tokens=max(64, batch), max_requests_per_batch=batch, return_logprobs=True
         )
         with model.continuous_batching_context_manager(generation_config=generation, continuous_batching_config=continuous) as manager:

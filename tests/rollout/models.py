@@ -44,7 +44,8 @@ def tiny_model(kind: str = "qwen3", *, dtype: torch.dtype = torch.float32, seed:
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
-    return model.to(dtype).eval()
+    model.to(dtype=dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return model.eval()
 
 
 def disk_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:

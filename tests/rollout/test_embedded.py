@@ -49,10 +49,17 @@ def models() -> list[PreTrainedModel]:
     return [tiny_model(seed=seed) for seed in range(3)]
 
 
-@pytest.fixture
-def engine(models: list[PreTrainedModel]) -> Iterator[EmbeddedEngine]:
+@pytest.fixture(scope="module")
+def shared_engine(models: list[PreTrainedModel]) -> Iterator[EmbeddedEngine]:
     with new_engine(models[0]) as engine:
         yield engine
+
+
+@pytest.fixture
+def engine(shared_engine: EmbeddedEngine, models: list[PreTrainedModel]) -> EmbeddedEngine:
+    """An engine that serves models[0] as version 0, without an open transaction."""
+    serve(shared_engine, models[0], policy_version=0)
+    return shared_engine
 
 
 def request(max_new_tokens: int = 8, name: str = "a") -> GenerationRequest:
@@ -67,14 +74,12 @@ def serves(engine: EmbeddedEngine, model: PreTrainedModel, policy_version: int) 
 
 
 def test_each_swap_serves_the_weights_of_its_version(engine: EmbeddedEngine, models: list[PreTrainedModel]) -> None:
-    assert engine.policy_version == -1
     for version in range(5):
         serve(engine, models[version % 3], policy_version=version)
         assert serves(engine, models[version % 3], version)
 
 
 def test_old_weights_serve_until_the_commit(engine: EmbeddedEngine, models: list[PreTrainedModel]) -> None:
-    serve(engine, models[0], policy_version=0)
     send(engine, disk_tensors(models[1]), 1)
     assert serves(engine, models[0], 0)
     engine.commit()
@@ -83,7 +88,6 @@ def test_old_weights_serve_until_the_commit(engine: EmbeddedEngine, models: list
 
 def test_a_rollback_keeps_the_old_weights_and_the_next_swap_works(engine: EmbeddedEngine, models: list[PreTrainedModel]) -> None:
     engine.rollback()
-    serve(engine, models[0], policy_version=0)
     send(engine, disk_tensors(models[1]), 1)
     engine.rollback()
     engine.rollback()
@@ -95,7 +99,6 @@ def test_a_rollback_keeps_the_old_weights_and_the_next_swap_works(engine: Embedd
 
 
 def test_a_damaged_byte_is_found_and_names_bucket_and_tensor(engine: EmbeddedEngine, models: list[PreTrainedModel]) -> None:
-    serve(engine, models[0], policy_version=0)
     tensors = disk_tensors(models[1])
     victim = buckets(tensors, 1 << 15)[2][1][-1]
 
@@ -114,20 +117,20 @@ def test_a_damaged_byte_is_found_and_names_bucket_and_tensor(engine: EmbeddedEng
 
 
 def test_an_incomplete_swap_does_not_commit(engine: EmbeddedEngine, models: list[PreTrainedModel], tmp_path: Path) -> None:
-    tensors = disk_tensors(models[0])
+    tensors = disk_tensors(models[1])
     filled = buckets(tensors, 1 << 15)
-    engine.prepare(0, metas(tensors))
+    engine.prepare(1, metas(tensors))
     for data, entries in filled[:-1]:
         (tmp_path / "bucket").write_bytes(data)
         engine.load(str(tmp_path / "bucket"), entries)
     with pytest.raises(WeightTransferError, match=r"tensor \S+ is incomplete"):
         engine.commit()
-    assert engine.policy_version == -1
+    assert serves(engine, models[0], 0)
 
 
 def test_two_buckets_may_be_in_flight(engine: EmbeddedEngine, models: list[PreTrainedModel], tmp_path: Path) -> None:
-    tensors = disk_tensors(models[0])
-    engine.prepare(0, metas(tensors))
+    tensors = disk_tensors(models[1])
+    engine.prepare(1, metas(tensors))
     pending = []
     for number, (data, entries) in enumerate(buckets(tensors, 1 << 16)):
         (tmp_path / str(number)).write_bytes(data)
@@ -135,7 +138,7 @@ def test_two_buckets_may_be_in_flight(engine: EmbeddedEngine, models: list[PreTr
     for load in reversed(pending):
         load.wait()
     engine.commit()
-    assert serves(engine, models[0], 0)
+    assert serves(engine, models[1], 1)
 
 
 def test_tensors_that_are_not_the_models_are_named(engine: EmbeddedEngine, models: list[PreTrainedModel]) -> None:
@@ -174,13 +177,16 @@ def test_buckets_that_cannot_be_are_errors(engine: EmbeddedEngine, models: list[
             engine.load(path, entries)
 
 
-def test_generating_without_weights_is_an_error(engine: EmbeddedEngine) -> None:
-    with pytest.raises(RuntimeError, match="has no weights"):
-        engine.generate([request()])
+def test_a_child_killed_while_it_generates_is_noticed_and_replaced(models: list[PreTrainedModel]) -> None:
+    with new_engine(models[0]) as engine:
+        assert engine.policy_version == -1
+        with pytest.raises(RuntimeError, match="has no weights"):
+            engine.generate([request()])
+        serve(engine, models[0], policy_version=0)
+        kill_and_replace(engine, models[1])
 
 
-def test_a_child_killed_while_it_generates_is_noticed_and_replaced(engine: EmbeddedEngine, models: list[PreTrainedModel]) -> None:
-    serve(engine, models[0], policy_version=0)
+def kill_and_replace(engine: EmbeddedEngine, next_model: PreTrainedModel) -> None:
     generation = engine.generate([request(1, "short"), *(request(90, str(i)) for i in range(200))])
     assert next(generation).stop is StopState.LENGTH
     os.kill(engine.pid, signal.SIGKILL)
@@ -191,11 +197,11 @@ def test_a_child_killed_while_it_generates_is_noticed_and_replaced(engine: Embed
     with pytest.raises(RuntimeError, match="has no weights"):
         engine.generate([request()])
     with pytest.raises(RuntimeError, match="died"):
-        engine.prepare(1, metas(disk_tensors(models[1])))
+        engine.prepare(1, metas(disk_tensors(next_model)))
     engine.restart()
     assert engine.policy_version == -1
-    serve(engine, models[1], policy_version=1)
-    assert serves(engine, models[1], 1)
+    serve(engine, next_model, policy_version=1)
+    assert serves(engine, next_model, 1)
 
 
 def test_a_dead_childs_log_is_shown(models: list[PreTrainedModel], tmp_path: Path) -> None:
@@ -227,28 +233,29 @@ def test_closing_or_forgetting_an_engine_leaves_no_process(models: list[PreTrain
 def test_the_child_dies_with_its_parent_even_when_a_fork_holds_the_socket() -> None:
     program = """
 import os, sys, time
-from tests.rollout.models import tiny_model, serve
-from tests.rollout.test_embedded import new_engine, request
-model = tiny_model()
-engine = new_engine(model)
-serve(engine, model)
-if os.fork() == 0:
-    time.sleep(20)
+from tandem.engine.config import RolloutConfig
+from tandem.engine.rollout.embedded import EmbeddedEngine
+config = eval(sys.argv[1])
+engine = EmbeddedEngine(config, RolloutConfig(), dtype="float32", context_length=16, stop_token_ids=(), num_threads=1)
+engine.rollback()  # answered: the child is up
+fork = os.fork()
+if fork == 0:
+    time.sleep(60)
     os._exit(0)
-generation = engine.generate([request(90, str(i)) for i in range(2000)])
-next(generation)
-print(engine.pid, flush=True)
+print(engine.pid, fork, flush=True)
 os.kill(os.getpid(), 9)
 """
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, text=True)
+    config = tiny_model().config.to_dict()
+    config = {name: value for name, value in config.items() if isinstance(value, int | float | str | dict | list)}
+    process = subprocess.Popen([sys.executable, "-c", program, repr(config)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout:
-        pid = int(process.stdout.readline())
+        pid, fork = map(int, process.stdout.readline().split())
     process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while process_exists(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
+    os.kill(fork, signal.SIGKILL)
     assert not process_exists(pid)
 
 
