@@ -27,23 +27,24 @@ def export(run: tyro.conf.Positional[Path], to: Path) -> None:
         run: Run folder.
         to: Folder to write; must not exist.
     """
-    from tandem.engine.checkpoint.disk import export_run
+    from tandem.engine.export import export_run
 
-    export_run(run, to)
-    print(f"wrote {to}")
+    step = export_run(run, to)
+    print(f"wrote {to}: the weights after {step} iterations")
 
 
-def evaluate(model: tyro.conf.Positional[Path], prompts: Path, max_response_tokens: int = 1024) -> None:
+def evaluate(model: tyro.conf.Positional[Path], prompts: Path, max_response_tokens: int = 1024, threads: int = 1) -> None:
     """Greedy pass@1 and response length of a model on a prompts file.
 
     Args:
         model: Hugging Face folder, for example of `tandem export`.
         prompts: JSONL file with the fields question (or problem, prompt) and answer.
         max_response_tokens: Longest response, in tokens.
+        threads: CPU threads of the rollout engine.
     """
     from tandem.engine.evaluate import evaluate_model
 
-    for name, value in evaluate_model(model, prompts, max_response_tokens=max_response_tokens).items():
+    for name, value in evaluate_model(model, prompts, max_response_tokens=max_response_tokens, num_threads=threads).items():
         print(f"{name}: {value:.4f}")
 
 

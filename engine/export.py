@@ -1,0 +1,38 @@
+"""`tandem export RUN --to DIR`: the newest checkpoint of a run as a folder that transformers loads. One process, whatever the run had."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from tandem.engine.build import hf_config_of
+from tandem.engine.checkpoint.disk import export_hf, load_latest
+from tandem.engine.config import MeshConfig, RunConfig, from_dict
+from tandem.engine.data.tokenizer import load_tokenizer
+from tandem.engine.run import single_process_group
+from tandem.engine.trainer.megatron import MegatronTrainer
+from tandem.engine.trainer.mesh import build_mesh, destroy_mesh
+
+
+def export_run(run_dir: Path, to: Path) -> int:
+    """Write config.json, safetensors and tokenizer. Returns the iteration that they are from: that many were done.
+
+    Raises: FileNotFoundError if the folder is no run or has no checkpoint; ValueError if `to` exists.
+    """
+    if not (run_dir / "config.json").is_file():
+        raise FileNotFoundError(f"{run_dir} is no run folder: it has no config.json")
+    if to.exists():
+        raise ValueError(f"{to} exists; give a folder that does not")
+    config = from_dict(RunConfig, json.loads((run_dir / "config.json").read_text(encoding="utf-8")))
+    tokenizer = load_tokenizer(config.model.path)
+    hf_config = hf_config_of(config.model, tokenizer)
+    with single_process_group(), tempfile.TemporaryDirectory() as folder:
+        mesh = build_mesh(MeshConfig(), hf_config)
+        trainer = MegatronTrainer(hf_config, mesh, config.trainer, loss=config.loss, temperature=1.0, seed=None)
+        found = load_latest(run_dir / "checkpoints", trainer.sharded_state_dict(is_loading=True))
+        if found is None:
+            raise FileNotFoundError(f"{run_dir} has no checkpoint yet")
+        trainer.load_sharded(found.state)
+        tokenizer.save_pretrained(folder)
+        export_hf(trainer, to, extra_files=sorted(Path(folder).iterdir()))
+        destroy_mesh()
+    return found.step
