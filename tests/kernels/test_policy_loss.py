@@ -63,9 +63,7 @@ def test_every_variant_equals_its_formula_with_gradient(variant: Variant) -> Non
     parts = [x.split(lengths) for x in (y, reference_T.double(), mask_T, weights_T.double())]
     wanted_R = torch.stack([_one(variant, p[0], p[1], a, p[2], p[3]) for *p, a in zip(*parts, advantages_R.double(), strict=True)])
     assert torch.allclose(loss_R.double(), wanted_R, rtol=1e-6, atol=1e-7)
-    assert torch.allclose(
-        torch.autograd.grad(loss_R.sum(), x)[0].double(), torch.autograd.grad(wanted_R.sum(), y)[0], rtol=1e-6, atol=1e-7
-    )
+    assert torch.allclose(torch.autograd.grad(loss_R.sum(), x)[0].double(), torch.autograd.grad(wanted_R.sum(), y)[0], rtol=1e-6, atol=1e-7)
     assert not loss_R[1]
 
 

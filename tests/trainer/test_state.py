@@ -1,11 +1,13 @@
 """What a trainer keeps and restores: its optimizer afresh, distributed checkpoints under another layout, weights by name."""
 
+import queue
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 import tandem.engine.trainer  # noqa: F401  before megatron
 from tandem.engine.config import LossConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainerConfig
@@ -82,6 +84,8 @@ def test_a_reset_optimizer_steps_like_a_fresh_one(distributed_optimizer: bool) -
 def _save(mesh: MeshConfig, model: dict[str, Any], config: TrainerConfig, folder: str) -> list[float]:
     trainer = _trainer(mesh, model, config)
     _train(trainer, 2)
+    # Saved in this process: megatron's own queue would start an interpreter for its results.
+    filesystem_async._results_queue = queue.SimpleQueue()
     dist_checkpointing.save(trainer.sharded_state_dict(), folder)
     return _train(trainer, 2)
 
