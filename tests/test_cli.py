@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -15,8 +16,6 @@ from tandem.engine import cli, config
 from tandem.engine.config import RunConfig, SFTStage
 from tandem.engine.recipes import registry
 from tandem.engine.recipes.registry import RECIPES, parse_launch, parse_recipe
-
-CONFIG_SOURCE = Path(config.__file__).read_text(encoding="utf-8")
 
 
 def config_classes() -> list[type[Any]]:
@@ -36,9 +35,10 @@ def config_classes() -> list[type[Any]]:
 
 
 def documented_fields() -> dict[str, set[str]]:
-    """Of each class of config.py, the fields that have a text under them."""
+    """Of each class, the fields that have a text under them in its source."""
     documented: dict[str, set[str]] = {}
-    for node in ast.parse(CONFIG_SOURCE).body:
+    modules = {inspect.getmodule(kind) for kind in config_classes()}
+    for node in [node for module in modules if module is not None for node in ast.parse(inspect.getsource(module)).body]:
         if isinstance(node, ast.ClassDef):
             pairs = zip(node.body, node.body[1:], strict=False)
             documented[node.name] = {
