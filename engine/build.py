@@ -8,12 +8,13 @@ from typing import Any
 
 from tandem.engine.checkpoint.disk import load_hf_weights, load_latest, read_hf_config, save_checkpoint
 from tandem.engine.checkpoint.swap import WeightSwap
+from tandem.engine.config import ModelConfig, check
 from tandem.engine.data.arithmetic import write_task
 from tandem.engine.data.prompts import load_prompts
 from tandem.engine.data.replay import ReplayBuffer
 from tandem.engine.data.sampler import PromptSampler
 from tandem.engine.data.sft import SFTExample, load_sft
-from tandem.engine.data.tokenizer import load_tokenizer, padded_vocab_size
+from tandem.engine.data.tokenizer import HFTokenizer, load_tokenizer, padded_vocab_size
 from tandem.engine.reward.judge import DOMAINS, Judge
 from tandem.engine.rollout.budget import generate_groups, sample_seed
 from tandem.engine.rollout.embedded import EmbeddedEngine
@@ -30,6 +31,27 @@ def num_tokens(groups: Sequence[Group]) -> int:
     return sum(response.num_tokens for group in groups for response in group.responses)
 
 
+def hf_config_of(model: ModelConfig, tokenizer: HFTokenizer) -> dict[str, Any]:
+    """config.json of the model: that of its folder, or of a Qwen3 from scratch.
+
+    Raises: ValueError for a folder that is no model, or a context that the model was not made for.
+    """
+    if model.path is None:
+        return qwen3_hf_config(model, padded_vocab_size(tokenizer))
+    hf_config = read_hf_config(Path(model.path))
+    longest = hf_config["max_position_embeddings"]
+    rule = f"it must not exceed max_position_embeddings ({longest}) of {model.path}"
+    check(model.context_length <= longest, "model.context_length", model.context_length, rule)
+    return hf_config
+
+
+def stop_token_ids(tokenizer: HFTokenizer, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokenizer's end token and those that the model's configuration names."""
+    named = hf_config.get("eos_token_id")
+    of_model = named if isinstance(named, list) else [named]
+    return tuple(sorted({token for token in [tokenizer.eos_token_id, *of_model] if token is not None}))
+
+
 @contextlib.contextmanager
 def build(run: Run) -> Iterator["Parts"]:
     """Build the parts, and close what owns processes and files at the end, whatever happened."""
@@ -43,20 +65,18 @@ class Parts:
     def __init__(self, run: Run, stack: contextlib.ExitStack) -> None:
         self.run, config = run, run.config
         self.tokenizer = load_tokenizer(config.model.path)
-        if config.model.path is None:
-            hf_config = qwen3_hf_config(config.model, padded_vocab_size(self.tokenizer))
-        else:
-            hf_config = read_hf_config(Path(config.model.path))
-
+        hf_config = hf_config_of(config.model, self.tokenizer)
         self.hidden_size: int = hf_config["hidden_size"]
+        if config.model.path is not None and config.sft and config.data.sft is None:
+            run.resolve(sft=())  # the task's examples would unteach a trained model
+            run.log.say("No supervised warm start: model.path names a trained model, and data.sft no examples.")
 
-        files = self._data_files()
+        prompts_file, held_out_file, self._sft_file = self._data_files()
         read = functools.partial(
             load_prompts, tokenizer=self.tokenizer, config=config.data, context_length=config.model.context_length, domains=DOMAINS
         )
-        prompts = read(files["prompts"])
-        self.eval_prompts: Sequence[Prompt] = read(files["eval"])[: config.evaluation.max_prompts] if files["eval"] else ()
-        self._sft_file = files["sft"]
+        prompts = read(prompts_file)
+        self.eval_prompts: Sequence[Prompt] = read(held_out_file)[: config.evaluation.max_prompts] if held_out_file else ()
 
         self.mesh = build_mesh(config.mesh, hf_config)
         stack.callback(destroy_mesh)
@@ -67,7 +87,7 @@ class Parts:
             load_hf_weights(Path(config.model.path), self.trainer)
 
         self.engine = self._start_engine(hf_config, stack) if run.is_leader else None
-        self.weights = WeightSwap(self.trainer, self.engine, config.swap, control_group=run.control)
+        self.weights = WeightSwap(self.trainer, self.engine, config.swap, control_group=run.control, log=run.log)
         stack.callback(self.weights.close)
         self.judge = Judge(config.reward, self.tokenizer)
         self.sampler = PromptSampler(config.sampling, prompts, seed=config.seed) if run.rank == 0 else None
@@ -77,28 +97,17 @@ class Parts:
         self._checkpoints = run.dir / "checkpoints"
         self.num_generated = 0  # by this leader since the run started
 
-    def _data_files(self) -> dict[str, Path | None]:
-        """The user's files, or those of the recipe's task, which rank 0 writes into the run folder."""
+    def _data_files(self) -> tuple[Path, Path | None, Path]:
+        """Prompts, held-out prompts and supervised examples: the user's files, or those of the task, written into the run folder."""
         data, folder = self.run.config.data, self.run.dir / "data"
-        if data.task is not None and self.run.rank == 0:
+        if self.run.rank == 0:
             write_task(data.task, folder, seed=self.run.config.seed)
         self.run.barrier()
-        own = {name: folder / f"{name}.jsonl" if data.task is not None else None for name in ("prompts", "eval", "sft")}
-        if data.prompts is not None:
-            own["eval"] = None  # the task's test set says nothing about other prompts
-        named = {"prompts": data.prompts, "eval": data.eval_prompts, "sft": data.sft}
-        files = {name: Path(path) if (path := named[name]) is not None else own[name] for name in named}
-        if files["prompts"] is None:
-            raise ValueError("data.prompts is None and the recipe brings no task; give a JSONL file with --data.prompts FILE")
-        if self.run.config.sft and files["sft"] is None:
-            raise ValueError("sft has stages but data.sft is None; give a JSONL file with --data.sft FILE, or no stages")
-        return files
-
-    def _stop_token_ids(self, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
-        """The tokenizer's end token and those that the model's configuration names."""
-        named = hf_config.get("eos_token_id")
-        of_model = named if isinstance(named, list) else [named]
-        return tuple(sorted({token for token in [self.tokenizer.eos_token_id, *of_model] if token is not None}))
+        prompts = Path(data.prompts) if data.prompts is not None else folder / "prompts.jsonl"
+        # The task's test set says nothing about a user's own prompts.
+        held_out = folder / "eval.jsonl" if data.prompts is None else None
+        held_out = Path(data.eval_prompts) if data.eval_prompts is not None else held_out
+        return prompts, held_out, Path(data.sft) if data.sft is not None else folder / "sft.jsonl"
 
     def _start_engine(self, hf_config: Mapping[str, Any], stack: contextlib.ExitStack) -> EmbeddedEngine:
         config = self.run.config
@@ -108,7 +117,7 @@ class Parts:
             config.rollout,
             dtype=config.trainer.dtype,
             context_length=config.model.context_length,
-            stop_token_ids=self._stop_token_ids(hf_config),
+            stop_token_ids=stop_token_ids(self.tokenizer, hf_config),
             num_threads=self.run.num_threads,
             log_path=self.run.dir / "logs" / f"engine_{self.run.rank}.log",
             timeout_s=config.swap.timeout_s,
@@ -118,7 +127,6 @@ class Parts:
 
     def sft_examples(self, max_tokens: int) -> list[SFTExample]:
         """The examples of the supervised warm start, none longer than `max_tokens`."""
-        assert self._sft_file is not None
         return load_sft(self._sft_file, self.tokenizer, self.run.config.data, max_tokens=max_tokens)
 
     def generate(

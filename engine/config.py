@@ -5,157 +5,15 @@ value and the rule. Checks that need the number of ranks are in `engine/run.py`.
 """
 
 import dataclasses
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from tandem.engine.model_config import MeshConfig, ModelConfig, OptimizerConfig, TrainerConfig, check
 
-def check(holds: bool, name: str, value: object, rule: str) -> None:
-    """Raise ValueError "name is value; rule" unless the rule holds."""
-    if not holds:
-        raise ValueError(f"{name} is {value!r}; {rule}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which network is trained: a Hugging Face folder, or a Qwen3 from scratch."""
-
-    path: str | None = None
-    """Hugging Face folder (config.json, safetensors, tokenizer). None: a random Qwen3 with the sizes below and the byte-level tokenizer that the project brings."""
-    num_layers: int = 4
-    """Transformer layers (from scratch)."""
-    hidden_size: int = 160
-    """Width of the residual stream (from scratch)."""
-    num_attention_heads: int = 5
-    """Query heads (from scratch)."""
-    num_key_value_heads: int = 1
-    """Key/value heads; divides num_attention_heads (from scratch)."""
-    head_dim: int = 32
-    """Width of one head (from scratch)."""
-    intermediate_size: int = 448
-    """Width of the feed-forward layer (from scratch)."""
-    num_experts: int = 0
-    """Experts per layer; 0 is a dense Qwen3, more a Qwen3-MoE (from scratch)."""
-    num_experts_per_tok: int = 2
-    """Experts each token is sent to (from scratch)."""
-    moe_intermediate_size: int = 128
-    """Width of one expert (from scratch)."""
-    tie_word_embeddings: bool = True
-    """Share the embedding and the output matrix (from scratch)."""
-    context_length: int = 256
-    """Most tokens of prompt plus response. With `path`: must not exceed the model's max_position_embeddings."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary embedding (from scratch)."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "context_length"):
-            check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "it must be at least 1")
-        check(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            "model.num_key_value_heads",
-            self.num_key_value_heads,
-            f"it must divide model.num_attention_heads ({self.num_attention_heads})",
-        )
-        check(self.num_experts >= 0, "model.num_experts", self.num_experts, "it must not be negative")
-        if self.num_experts:
-            check(
-                1 <= self.num_experts_per_tok <= self.num_experts,
-                "model.num_experts_per_tok",
-                self.num_experts_per_tok,
-                f"it must lie between 1 and model.num_experts ({self.num_experts})",
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """How the ranks divide the model; what is left over is data parallel."""
-
-    tp: int = 1
-    """Tensor-parallel ranks."""
-    pp: int = 1
-    """Pipeline stages."""
-    vpp: int = 1
-    """Virtual pipeline stages per rank (interleaved schedule)."""
-    cp: int = 1
-    """Context-parallel ranks: parts that a sequence is cut into."""
-    ep: int = 1
-    """Expert-parallel ranks."""
-    etp: int | None = None
-    """Tensor-parallel ranks within an expert. None: 1, or tp when ep is 1."""
-    sequence_parallel: bool = False
-    """Split activations outside attention and MLP over the tp ranks."""
-
-    def __post_init__(self) -> None:
-        for name in ("tp", "pp", "vpp", "cp", "ep"):
-            check(getattr(self, name) >= 1, f"mesh.{name}", getattr(self, name), "it must be at least 1")
-        check(self.etp is None or self.etp >= 1, "mesh.etp", self.etp, "it must be at least 1")
-        check(
-            not self.sequence_parallel or self.tp > 1,
-            "mesh.sequence_parallel",
-            self.sequence_parallel,
-            f"it needs mesh.tp > 1 (tp is {self.tp})",
-        )
-        check(self.vpp == 1 or self.pp > 1, "mesh.vpp", self.vpp, f"it needs mesh.pp > 1 (pp is {self.pp})")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW and its learning-rate schedule over the iterations of the run."""
-
-    lr: float = 1e-6
-    """Highest learning rate."""
-    min_lr: float = 0.0
-    """Learning rate at the end of the decay."""
-    warmup_steps: int = 0
-    """Optimizer steps of linear warm-up from 0."""
-    decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the decay from lr to min_lr after the warm-up."""
-    decay_start: float = 0.0
-    """Fraction of the schedule after which the decay begins (linear and cosine)."""
-    beta1: float = 0.9
-    """Decay of the gradient's running mean."""
-    beta2: float = 0.95
-    """Decay of the squared gradient's running mean."""
-    eps: float = 1e-8
-    """Added to the root of the second moment. An optimizer that is reset each iteration wants far more than 1e-8."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay per unit of learning rate."""
-    clip_grad: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 turns it off."""
-
-    def __post_init__(self) -> None:
-        check(self.lr >= 0, "optimizer.lr", self.lr, "it must not be negative")
-        check(0 <= self.min_lr <= max(self.lr, 0), "optimizer.min_lr", self.min_lr, f"it must lie between 0 and lr ({self.lr})")
-        check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "it must not be negative")
-        check(0 <= self.decay_start <= 1, "optimizer.decay_start", self.decay_start, "it must lie between 0 and 1")
-        check(self.eps > 0, "optimizer.eps", self.eps, "it must be positive")
-        check(self.clip_grad >= 0, "optimizer.clip_grad", self.clip_grad, "it must not be negative (0 turns it off)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """Megatron-core: precision, memory and batching."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights and activations; gradients and optimizer state are always float32."""
-    microbatch_tokens: int = 4096
-    """Most tokens packed into one microbatch on one rank; one longer sequence makes a microbatch of its own."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass: none, those of attention, or all of a layer."""
-    distributed_optimizer: bool = True
-    """Split optimizer state over the data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
-    moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens reach their experts."""
-    updates_per_iteration: int = 4
-    """Optimizer steps on the responses of one iteration (not given in the paper)."""
-    reset_optimizer: bool = True
-    """Start every iteration with a fresh optimizer, as the paper does."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-
-    def __post_init__(self) -> None:
-        check(self.microbatch_tokens >= 1, "trainer.microbatch_tokens", self.microbatch_tokens, "it must be at least 1")
-        check(self.updates_per_iteration >= 1, "trainer.updates_per_iteration", self.updates_per_iteration, "it must be at least 1")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +21,8 @@ class LossConfig:
     """The policy loss and the advantages it weighs."""
 
     variant: Literal["mirror_descent", "grpo", "ppo_clip", "gspo", "rest"] = "mirror_descent"
-    """mirror_descent: Kimi k1.5's squared surrogate on summed log-probs. grpo, ppo_clip: clipped token ratios. gspo: clipped sequence ratio. rest: fit correct responses only."""
+    """mirror_descent: Kimi k1.5's squared surrogate on summed log-probs. grpo, ppo_clip: clipped token ratios. gspo: clipped sequence
+    ratio. rest: fit correct responses only."""
     tau: float = 0.1
     """Weight of the squared log-ratio to the iteration's reference (mirror_descent; not given in the paper)."""
     baseline: Literal["mean", "log_mean_exp"] = "mean"
@@ -275,17 +134,17 @@ class DataConfig:
     """Where prompts come from."""
 
     prompts: str | None = None
-    """JSONL file to train on: fields question|problem|prompt and answer, optional id, domain, level. None: the task that the recipe generates."""
+    """JSONL file to train on: fields question|problem|prompt and answer, optional id, domain, level. None: the prompts of `task`."""
     eval_prompts: str | None = None
-    """JSONL file of held-out prompts for pass@1. None: the recipe's own test set, or no evaluation when `prompts` is given."""
+    """JSONL file of held-out prompts for pass@1. None: the test set of `task`, or no evaluation when `prompts` is given."""
     sft: str | None = None
-    """JSONL file (prompt, response) for the supervised warm start. None: the recipe's own."""
+    """JSONL file (prompt, response) of the warm start. None: the examples of `task`, or no warm start when `model.path` is given."""
     prompt_template: str = "{question}"
     """Text given to the tokenizer; {question} is replaced by the prompt."""
     use_chat_template: bool = False
     """Wrap the prompt as a user turn in the tokenizer's chat template."""
     max_prompt_tokens: int | None = None
-    """Prompts with more tokens are an error or skipped (see long_prompts). None: what leaves at least one token of the context for the response."""
+    """Prompts with more tokens are an error or skipped (see long_prompts). None: what leaves one token of the context for the response."""
     long_prompts: Literal["error", "skip"] = "error"
     """What happens to a prompt that is too long."""
     task: ArithmeticTask = field(default_factory=ArithmeticTask)
@@ -514,3 +373,24 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and scalars, for config.json."""
         return dataclasses.asdict(self)
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The configuration that `to_dict` and JSON made of one. Raises: ValueError naming a field that there is not."""
+    hints = typing.get_type_hints(kind)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}; it has {', '.join(hints)}")
+    return kind(**{name: _restored(hints[name], value) for name, value in values.items()})
+
+
+def _restored(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type[Any], hint), value)
+    if value is None:
+        return None
+    if typing.get_origin(hint) is types.UnionType:
+        return _restored(next(arm for arm in typing.get_args(hint) if arm is not types.NoneType), value)
+    if typing.get_origin(hint) is tuple:
+        return tuple(_restored(typing.get_args(hint)[0], item) for item in value)
+    return value

@@ -1,9 +1,19 @@
-"""Greedy pass@1 on held-out prompts."""
+"""Greedy pass@1 on held-out prompts: during a run, and of any model folder."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from tandem.engine.build import Parts
-from tandem.engine.rollout.budget import new_group
+import torch
+
+from tandem.engine.build import Parts, stop_token_ids
+from tandem.engine.checkpoint.disk import read_hf_config
+from tandem.engine.checkpoint.serve_folder import serve_folder
+from tandem.engine.config import DataConfig, RewardConfig, RolloutConfig
+from tandem.engine.data.prompts import load_prompts
+from tandem.engine.data.tokenizer import load_tokenizer
+from tandem.engine.reward.judge import DOMAINS, Judge
+from tandem.engine.rollout.budget import generate_groups, new_group
+from tandem.engine.rollout.embedded import EmbeddedEngine
 from tandem.engine.run import Run
 from tandem.engine.types import Prompt
 
@@ -33,3 +43,39 @@ def evaluate(run: Run, parts: Parts, step: int) -> dict[str, float]:
             "eval/pass_at_1": run.sum(num_correct) / num_prompts,
             "eval/response_tokens": run.sum(num_tokens) / num_prompts,
         }
+
+
+def evaluate_model(model: Path, prompts: Path, *, max_response_tokens: int, num_threads: int = 1) -> dict[str, float]:
+    """Greedy pass@1 and mean response length (tokens) of a Hugging Face folder, on the embedded engine in float32.
+
+    Raises: ValueError for a folder that is no model, or a prompts file with a bad line.
+    """
+    hf_config, tokenizer = read_hf_config(model), load_tokenizer(model)
+    context_length = hf_config["max_position_embeddings"]
+    config = RolloutConfig(max_response_tokens=max_response_tokens)
+    loaded = load_prompts(prompts, tokenizer, DataConfig(), context_length=context_length, domains=DOMAINS)
+    judge = Judge(RewardConfig(), tokenizer)
+    with EmbeddedEngine(
+        hf_config,
+        config,
+        dtype="float32",
+        context_length=context_length,
+        stop_token_ids=stop_token_ids(tokenizer, hf_config),
+        num_threads=num_threads,
+    ) as engine:
+        serve_folder(model, engine, torch.float32)
+        groups = generate_groups(
+            engine,
+            [new_group(prompt, 1) for prompt in loaded],
+            config=config,
+            context_length=context_length,
+            seed_of=lambda prompt_id, sample, segment: 0,  # greedy draws no random numbers
+            token_budget=None,
+            temperature=0.0,
+        )
+        scored = [judge.score(group) for group in groups]
+    return {
+        "pass_at_1": sum(group.verdicts[0].correct for group in scored) / len(scored),
+        "response_tokens": sum(group.responses[0].num_tokens for group in scored) / len(scored),
+        "num_prompts": float(len(scored)),
+    }

@@ -1,5 +1,6 @@
 """Run: the ranks, their process groups, the run folder and its log. The only reader of environment variables."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from tandem.engine.config import RunConfig, check
 from tandem.engine.data.sampler import PromptSampler
@@ -19,6 +21,16 @@ from tandem.engine.hardware import describe_hardware, explain
 from tandem.engine.log import RunLog
 from tandem.engine.rollout.budget import new_group
 from tandem.engine.types import Group, Prompt
+
+
+@contextlib.contextmanager
+def single_process_group() -> Iterator[None]:
+    """torch.distributed with this process as the only rank, for commands that are no run."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 class Run:
@@ -61,8 +73,10 @@ class Run:
         elif "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        self.control = dist.new_group(backend="gloo")
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        self.control = group
         self.log = RunLog(self.dir, rank=self.rank, num_ranks=self.num_ranks, config=self.config.log, num_steps=self.config.steps)
         if self.rank == 0:
             for line in explain(self.hardware, self.config):
@@ -153,7 +167,7 @@ class Run:
         dist.all_to_all_single(received, sent, num_received.tolist(), num_sent.tolist(), group=self.control)
         return [pickle.loads(part.numpy().tobytes()) for part in received.split(num_received.tolist())]
 
-    def resolved(self, **changes: Any) -> None:
+    def resolve(self, **changes: Any) -> None:
         """Replace top-level fields of the configuration by what was resolved at start-up, and save them."""
         self.config = dataclasses.replace(self.config, **changes)
         if self.rank == 0:

@@ -22,7 +22,8 @@ def train(config: RunConfig) -> None:
     with Run(config) as run, build(run) as parts:
         weights, judge, trainer = parts.weights, parts.judge, parts.trainer
         sampler, buffer, phase = parts.sampler, parts.buffer, run.log.phase
-        parts.resume() or warm_start(run, parts)
+        if not parts.resume():
+            warm_start(run, parts)
 
         for step in run.steps():
             buffer.begin_iteration(step)

@@ -9,8 +9,8 @@ from tandem.engine.config import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
-    ReplayConfig,
     RepetitionConfig,
+    ReplayConfig,
     RolloutConfig,
     RunConfig,
     SamplingConfig,
@@ -49,7 +49,7 @@ def toy_cpu() -> RunConfig:
         trainer=TrainerConfig(
             microbatch_tokens=4096,
             updates_per_iteration=4,
-            optimizer=OptimizerConfig(lr=2e-4, eps=1e-4, clip_grad=0.0),
+            optimizer=OptimizerConfig(lr=2e-4, eps=1e-4, clip_grad=1.0),
         ),
         evaluation=EvaluationConfig(every=7),
         checkpoint=CheckpointConfig(every=10),
