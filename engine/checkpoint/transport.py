@@ -73,7 +73,7 @@ class SharedBuckets:
         self._memories = [slot.numpy().data for slot in self.slots]
         # A pidfd becomes readable when its process ends, also as a zombie.
         self._peers = {os.pidfd_open(pids[rank]): rank for rank in ranks if pids[rank] != os.getpid()}
-        self._poll = select.poll()
+        self._poll, self._poll_lock = select.poll(), threading.Lock()
         for pidfd in self._peers:
             self._poll.register(pidfd, select.POLLIN)
 
@@ -123,7 +123,8 @@ class SharedBuckets:
 
     def check_peers(self) -> None:
         """Raises: PeerLost naming the ranks of this node whose processes ended."""
-        lost = sorted(self._peers[pidfd] for pidfd, _ in self._poll.poll(0))
+        with self._poll_lock:
+            lost = sorted(self._peers[pidfd] for pidfd, _ in self._poll.poll(0))
         if lost:
             raise PeerLost(f"the process of rank {', '.join(map(str, lost))} ended")
 
