@@ -6,6 +6,8 @@ the same causal work (zig-zag), sequence by sequence and for any length. Keys an
 Shapes: T tokens of a microbatch, C ranks, L tokens of one rank (with a few padded ones at its end), G heads, D head width.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -51,12 +53,13 @@ class _GatherKeys(torch.autograd.Function):
     """[L, ...] of every rank to [C * L, ...]. Each rank's queries use all keys, so the gradients of all ranks are summed."""
 
     @staticmethod
-    def forward(ctx, x_L, group):
+    def forward(ctx: Any, x_L: torch.Tensor, group: Any) -> torch.Tensor:
         ctx.group = group
         return _all_gather(x_L, group)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad,) = grad_outputs
         grad_L = grad.new_empty((grad.shape[0] // ctx.group.size(), *grad.shape[1:]))
         dist.reduce_scatter_tensor(grad_L, grad.contiguous(), group=ctx.group)
         return grad_L, None
@@ -66,12 +69,13 @@ class _GatherReplicated(torch.autograd.Function):
     """[L, ...] of every rank to [C * L, ...], on which all ranks then compute the same: the gradient is the own slice, once."""
 
     @staticmethod
-    def forward(ctx, x_L, group):
+    def forward(ctx: Any, x_L: torch.Tensor, group: Any) -> torch.Tensor:
         ctx.group = group
         return _all_gather(x_L, group)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad,) = grad_outputs
         length = grad.shape[0] // ctx.group.size()
         start = ctx.group.rank() * length
         return grad[start : start + length], None

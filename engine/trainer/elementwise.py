@@ -3,19 +3,22 @@
 Shapes: T tokens, N heads, D head width, H width of the last axis, F feed-forward width.
 """
 
+from typing import Any
+
 import torch
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TH, weight_H, eps):
+    def forward(ctx: Any, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
         x32_TH = x_TH.float()
         rstd_T1 = torch.linalg.vector_norm(x32_TH, dim=-1, keepdim=True).square_().div_(x_TH.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_TH, weight_H, rstd_T1)
         return (x32_TH * rstd_T1).mul_(weight_H).to(x_TH.dtype)
 
     @staticmethod
-    def backward(ctx, grad_TH):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad_TH,) = grad_outputs
         x_TH, weight_H, rstd_T1 = ctx.saved_tensors
         grad32_TH, x32_TH, weight32_H = grad_TH.float(), x_TH.float(), weight_H.float()
         width = x_TH.shape[-1]
@@ -34,12 +37,13 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Te
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TND, cos_T1D, sin_T1D):
+    def forward(ctx: Any, x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos_T1D, sin_T1D)
         return _rotate(x_TND, cos_T1D, sin_T1D)
 
     @staticmethod
-    def backward(ctx, grad_TND):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad_TND,) = grad_outputs
         cos_T1D, sin_T1D = ctx.saved_tensors
         return _rotate(grad_TND, cos_T1D, -sin_T1D), None, None
 
@@ -60,13 +64,14 @@ def rope(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> t
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_T2F):
+    def forward(ctx: Any, x_T2F: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x_T2F)
         gate, up = x_T2F.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx, grad_TF):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad_TF,) = grad_outputs
         (x_T2F,) = ctx.saved_tensors
         gate, up = x_T2F.chunk(2, dim=-1)
         sigmoid = torch.sigmoid(gate)

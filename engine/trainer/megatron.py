@@ -101,7 +101,7 @@ class MegatronTrainer:
         if parallel_state.is_rank_in_embedding_group():
             chunk = self._chunks[0] if self.mesh.pp_rank == 0 else self._chunks[-1]
             weight = chunk.shared_embedding_or_output_weight()
-            group = parallel_state.get_embedding_group()
+            group: Any = parallel_state.get_embedding_group()
             dist.broadcast(weight.data, dist.get_global_rank(group, 0), group=group)
 
     def set_learning_rate(self, lr: float) -> None:
@@ -128,7 +128,7 @@ class MegatronTrainer:
         for chunk in self._ddp:
             chunk.train()
         if self.mesh.pp_size > 1:
-            found = self._from_last_stage(found, [microbatch.num_tokens for microbatch in microbatches])
+            found = self._logprobs_from_last_stage(found, [microbatch.num_tokens for microbatch in microbatches])
         return found[: len(microbatches)]
 
     def update(
@@ -235,9 +235,7 @@ class MegatronTrainer:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         sums[losses.MISMATCH_MAX] = largest
         if self.mesh.pp_size > 1:
-            dist.broadcast(
-                sums, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
-            )
+            _from_last_stage(sums)
         return sums
 
     def _run(
@@ -259,7 +257,7 @@ class MegatronTrainer:
         def batches() -> Iterator[tuple[int, LocalBatch]]:
             return enumerate(prepared if prepared is not None else map(make, filled))
 
-        cp_group = parallel_state.get_context_parallel_group()
+        cp_group: Any = parallel_state.get_context_parallel_group()
 
         def forward_step(iterator: Iterator[tuple[int, LocalBatch]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             index, batch = next(iterator)
@@ -273,7 +271,7 @@ class MegatronTrainer:
 
             return model(batch), loss_func
 
-        run = get_forward_backward_func()
+        run: Callable[..., list[torch.Tensor]] = get_forward_backward_func()
         return run(
             forward_step_func=forward_step,
             data_iterator=[batches() for _ in self._ddp] if len(self._ddp) > 1 else batches(),
@@ -298,14 +296,12 @@ class MegatronTrainer:
             longest = max(longest, num_local_tokens(filler, self.mesh))
         return [*microbatches, *[filler] * (count - len(microbatches))], longest
 
-    def _from_last_stage(self, found: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
+    def _logprobs_from_last_stage(self, found: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
         total = sum(lengths)
         joined = (
             torch.cat(list(found))[:total] if self.mesh.is_last_stage else torch.empty(total, device=self._inverse_frequencies_D.device)
         )
-        dist.broadcast(
-            joined, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
-        )
+        _from_last_stage(joined)
         return list(joined.split(list(lengths)))
 
     # Checkpoints
@@ -330,6 +326,12 @@ class MegatronTrainer:
         for i, chunk in enumerate(self._chunks):
             chunk.load_state_dict(state["model" if len(self._chunks) == 1 else f"model{i}"])
         self._optimizer.load_state_dict(state["optimizer"])
+
+
+def _from_last_stage(x: torch.Tensor) -> None:
+    """Overwrite x with the last pipeline stage's."""
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(x, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
 
 
 def _sum_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:

@@ -62,6 +62,8 @@ def build_mesh(config: MeshConfig, hf_config: Mapping[str, Any]) -> Mesh:
     # Training draws no random numbers (no dropout, and weights are drawn by name), but Megatron's modules ask for its generators.
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     dp_rank = parallel_state.get_data_parallel_rank()
+    etp_rank = parallel_state.get_expert_tensor_parallel_rank()
+    assert etp_rank is not None
     dp_ranks = [torch.zeros(1, dtype=torch.int64, device=torch.cuda.current_device()) for _ in range(world_size)]
     dist.all_gather(dp_ranks, torch.tensor([dp_rank], device=torch.cuda.current_device()))
     return Mesh(
@@ -78,7 +80,7 @@ def build_mesh(config: MeshConfig, hf_config: Mapping[str, Any]) -> Mesh:
         dp_size=parallel_state.get_data_parallel_world_size(),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_size=config.ep,
-        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_rank=etp_rank,
         etp_size=etp,
         dp_rank_of=tuple(int(rank) for rank in dp_ranks),
     )

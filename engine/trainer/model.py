@@ -42,12 +42,12 @@ class PolicyModel(GPTModel):
             return hidden_states
         batch = packed_seq_params
         tied = self.share_embeddings_and_output_weights
-        weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        weight_VH: Any = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         if self.config.sequence_parallel:
             # linear_logprob returns a whole gradient on every rank, so each takes its own tokens' part of it.
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         hidden_MH = hidden_states[:, 0].index_select(0, batch.trained_M)
-        tp_group = parallel_state.get_tensor_model_parallel_group()
+        tp_group: Any = parallel_state.get_tensor_model_parallel_group()
         stats_2M = torch.stack(linear_logprob(hidden_MH, weight_VH, batch.targets_M, temperature=self.temperature, tp_group=tp_group))
         return stats_2M.new_zeros((2, batch.num_local)).index_copy(1, batch.trained_M, stats_2M)
 
@@ -59,13 +59,14 @@ def build_chunks(config: TransformerConfig, hf_config: Mapping[str, Any], mesh: 
     chunks = []
     for i in range(num_chunks):
         vp_stage = i if num_chunks > 1 else None
+        norm: Any = Norm
         first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=mesh.pp_rank)
         count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=mesh.pp_rank)
         chunks.append(
             PolicyModel(
                 temperature,
                 config=config,
-                transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs[first : first + count], layer_norm=Norm),
+                transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs[first : first + count], layer_norm=norm),
                 vocab_size=hf_config["vocab_size"],
                 max_sequence_length=hf_config["max_position_embeddings"],
                 pre_process=mesh.pp_rank == 0 and i == 0,
@@ -79,7 +80,7 @@ def build_chunks(config: TransformerConfig, hf_config: Mapping[str, Any], mesh: 
 
 def named_weights(chunk: PolicyModel, mesh: Mesh) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """The chunk's parameters under names with global layer and expert indices."""
-    layers = chunk.decoder.layers
+    layers: Any = chunk.decoder.layers
     first_layer = layers[0].layer_number - 1 if len(layers) else 0
     for name, parameter in chunk.named_parameters():
         parts = name.split(".")
@@ -87,7 +88,7 @@ def named_weights(chunk: PolicyModel, mesh: Mesh) -> Iterator[tuple[str, torch.n
             parts[2] = str(int(parts[2]) + first_layer)
         if "local_experts" in parts:
             i = parts.index("local_experts") + 1
-            num_local = chunk.config.num_moe_experts // mesh.ep_size
+            num_local = (chunk.config.num_moe_experts or 0) // mesh.ep_size
             parts[i] = str(int(parts[i]) + mesh.ep_rank * num_local)
         yield ".".join(parts), parameter
 

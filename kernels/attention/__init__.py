@@ -6,6 +6,8 @@ the own sequence. A shared prompt's tokens are visible to the end of their group
 Shapes: T tokens (queries), S tokens (keys; S = T but for context parallelism), N query heads, G key/value heads, D head width.
 """
 
+from typing import Any
+
 import torch
 
 from tandem.kernels.attention import reference
@@ -54,14 +56,17 @@ def packed_attention(
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_TND, k_SGD, v_SGD, plan, scale, grad_start):
+    def forward(
+        ctx: Any, q_TND: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, plan: AttentionPlan, scale: float, grad_start: int
+    ) -> torch.Tensor:
         out_TND, kept_probs = reference.attention_forward(q_TND, k_SGD, v_SGD, plan, scale, keep=any(ctx.needs_input_grad))
         ctx.save_for_backward(q_TND, k_SGD, v_SGD, *kept_probs)
         ctx.plan, ctx.scale, ctx.grad_start = plan, scale, grad_start
         return out_TND
 
     @staticmethod
-    def backward(ctx, grad_TND):
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad_TND,) = grad_outputs
         q_TND, k_SGD, v_SGD, *kept_probs = ctx.saved_tensors
         if ctx.grad_start:
             grad_TND = grad_TND.clone()

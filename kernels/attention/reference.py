@@ -240,7 +240,7 @@ def attention_backward(
         probs = kept_probs[i] if batch.kept else _probabilities(q, k, batch, num_groups, scale)
         num_queries, num_keys = batch.bias_BQK.shape[1:]
         dv = _rows(torch.bmm(probs.transpose(1, 2), g), batch, num_groups, num_keys)
-        dscores = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), probs, -1, torch.float32)
+        dscores = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), probs, -1, torch.float32)
         dq_parts.append(_rows(torch.bmm(dscores, k), batch, num_groups, num_queries))
         dk = _rows(torch.bmm(dscores.transpose(1, 2), q), batch, num_groups, num_keys)
         if plan.key_row_S is None:

@@ -3,6 +3,8 @@
 Shapes: T tokens, H hidden width, V vocabulary (this rank's part of it with `tp_group`).
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -43,7 +45,9 @@ def linear_logprob(
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TH, weight_VH, targets_T, temperature_T, tp_group):
+    def forward(
+        ctx: Any, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor, temperature_T: torch.Tensor, tp_group: Any
+    ) -> Any:
         logprobs_T, entropy_T, lse_T = reference.logprob_forward(hidden_TH, weight_VH, targets_T, temperature_T, tp_group)
         ctx.save_for_backward(hidden_TH, weight_VH, targets_T, temperature_T, lse_T, entropy_T)
         ctx.tp_group = tp_group
@@ -51,6 +55,10 @@ class _LinearLogprob(torch.autograd.Function):
         return logprobs_T, entropy_T
 
     @staticmethod
-    def backward(ctx, grad_logprobs_T, grad_entropy_T):
-        grad_hidden_TH, grad_weight_VH = reference.logprob_backward(grad_logprobs_T, grad_entropy_T, *ctx.saved_tensors, ctx.tp_group)
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        grad_logprobs_T, grad_entropy_T = grad_outputs
+        hidden_TH, weight_VH, targets_T, temperature_T, lse_T, entropy_T = ctx.saved_tensors
+        grad_hidden_TH, grad_weight_VH = reference.logprob_backward(
+            grad_logprobs_T, grad_entropy_T, hidden_TH, weight_VH, targets_T, temperature_T, lse_T, entropy_T, ctx.tp_group
+        )
         return grad_hidden_TH, grad_weight_VH, None, None, None

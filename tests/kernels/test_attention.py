@@ -28,7 +28,7 @@ def _check(visible_end: torch.Tensor, heads: int, groups: int, tolerance: float 
     q, k, v, grad = (torch.randn(len(visible_end), n, 8).to(dtype) for n in (heads, groups, groups, heads))
     own = [x.clone().requires_grad_() for x in (q, k, v)]
     exact = [x.double().requires_grad_() for x in (q, k, v)]
-    out, wanted = packed_attention(own[0], own[1], own[2], visible_end), _brute_force(*exact, visible_end)
+    out, wanted = packed_attention(own[0], own[1], own[2], visible_end), _brute_force(exact[0], exact[1], exact[2], visible_end)
     grads = torch.autograd.grad(out, own, grad)
     wanted_grads = torch.autograd.grad(wanted, exact, grad.double())
     for x, y in zip((out, *grads), (wanted, *wanted_grads), strict=True):

@@ -22,7 +22,7 @@ NUM_TARGETS = sum(response for _, response in LENGTHS)
 
 
 def hf_config(**changes: Any) -> dict[str, Any]:
-    sizes: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes: Any = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     return qwen3_hf_config(ModelConfig(**(sizes | {"intermediate_size": 48, "moe_intermediate_size": 16} | changes)), 64)
 
 
@@ -92,7 +92,8 @@ def _save(mesh: MeshConfig, model: dict[str, Any], config: TrainerConfig, folder
 
 def _load(mesh: MeshConfig, model: dict[str, Any], config: TrainerConfig, folder: str) -> list[float]:
     trainer = _trainer(mesh, model, config, seed=8)
-    trainer.load_sharded(dist_checkpointing.load(trainer.sharded_state_dict(is_loading=True), folder))
+    loaded: Any = dist_checkpointing.load(trainer.sharded_state_dict(is_loading=True), folder)
+    trainer.load_sharded(loaded)
     return _train(trainer, 2)
 
 
