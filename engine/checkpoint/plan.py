@@ -16,6 +16,7 @@ from tandem.engine.types import TensorMeta
 Region = tuple[tuple[int, int], ...]  # (start, stop) of every dimension of a tensor
 
 ALIGNMENT = 256  # bytes; what a GPU copies fastest from, and enough for every dtype
+MAX_ENTRY_BYTES = 512 << 10  # half of the level-2 cache of a core
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +92,8 @@ def make_plan(
     regions = distinct_regions(tensors, holdings)
     engine_nodes = sorted({nodes[rank] for rank in leaders})
     ranks_of = {node: [rank for rank, where in enumerate(nodes) if where == node] for node in engine_nodes}
-    # entries are small enough that the ranks of a node can share a bucket evenly
-    entry_bytes = bucket_bytes // max((len(ranks) for ranks in ranks_of.values()), default=1)
+    # small enough that the ranks of a node can share a bucket evenly, and to be in a core's cache when it is checksummed
+    entry_bytes = min(MAX_ENTRY_BYTES, bucket_bytes // max((len(ranks) for ranks in ranks_of.values()), default=1))
     buckets = _lay_out(tensors, regions, bucket_bytes, entry_bytes)
 
     itemsize = {meta.name: meta.dtype.itemsize for meta in tensors}
