@@ -23,13 +23,31 @@ TREE_BLOCK = 64
 
 
 @dataclass(frozen=True)
+class CausalMask:
+    """One mask for all tasks of whole sequences: padded keys lie behind every query."""
+
+    bias_1QK: torch.Tensor  # fp32, 0 where visible and -inf elsewhere
+
+
+@dataclass(frozen=True)
+class IntervalMask:
+    """Key k of a task is visible to the queries from its place on and before its end; made anew at each use, for memory's sake."""
+
+    query_place_BQ: torch.Tensor  # int32, -1 for a padded query
+    key_place_BK: torch.Tensor  # int32
+    key_end_BK: torch.Tensor  # int32, 0 for a padded key
+
+
+@dataclass(frozen=True)
 class Batch:
     """Tasks of one padded size. A padded query or key has the index T or S, a row of zeros."""
 
     query_index: torch.Tensor  # int64 [B * Q]
     key_index: torch.Tensor  # int64 [B * K]
-    bias_BQK: torch.Tensor  # fp32 [1 or B, Q, K], 0 where visible and -inf elsewhere
+    visible_BQK: "CausalMask | IntervalMask"
     num_tasks: int
+    num_queries: int  # Q
+    num_keys: int  # K
     kept: bool
 
 
@@ -126,13 +144,15 @@ def _plan_of(
     batches, num_outputs, num_key_rows = [], 0, 0
     output_index = np.full(num_queries, -1, dtype=np.int64)
     key_row, key_uses = np.zeros(num_keys, dtype=np.int64), np.zeros(num_keys, dtype=np.int64)
-    for (padded_q, padded_k), members in by_size.items():
+    # Largest first: what follows fits into the memory that was freed, where growing sizes would each take more from the system.
+    for (padded_q, padded_k), members in sorted(by_size.items(), key=lambda item: -item[0][0] * item[0][1]):
         size = max(1, MAX_TASK_SCORES // (padded_q * padded_k))
         for i in range(0, len(members), size):
             part = members[i : i + size]
             query_index = np.full((len(part), padded_q), num_queries, dtype=np.int64)
             key_index = np.full((len(part), padded_k), num_keys, dtype=np.int64)
-            visible = np.zeros((len(part), padded_q, padded_k), dtype=np.bool_)
+            query_place = np.full((len(part), padded_q), -1, dtype=np.int32)
+            key_end = np.zeros((len(part), padded_k), dtype=np.int32)
             whole = causal and all(len(task.keys) == len(task.query_rows) for task in part) and padded_q == padded_k
             for b, task in enumerate(part):
                 nq, nk = len(task.query_rows), len(task.keys)
@@ -140,22 +160,23 @@ def _plan_of(
                 output_index[task.query_rows] = num_outputs + b * padded_q + np.arange(nq)
                 key_row[task.keys] = num_key_rows + b * padded_k + np.arange(nk)
                 key_uses[task.keys] += 1
-                if not whole:
-                    seen = (task.keys <= task.query_positions[:, None]) & (task.query_positions[:, None] < visible_end[task.keys])
-                    visible[b, :nq, :nk] = seen
-            if whole:  # padded keys lie behind every query, so the causal mask serves all tasks
-                visible = np.tri(padded_q, dtype=np.bool_)[None]
-            else:
-                visible[:, :, 0] |= ~visible.any(axis=2)  # a padded query attends to something, for no result
+                query_place[b, :nq], key_end[b, :nk] = task.query_positions, visible_end[task.keys]
             num_outputs += query_index.size
             num_key_rows += key_index.size
-            bias = torch.zeros(visible.shape).masked_fill_(~torch.from_numpy(visible), float("-inf"))
+            if whole:
+                above = torch.ones((1, padded_q, padded_q), dtype=torch.bool, device=device).triu(1)
+                mask = CausalMask(torch.zeros(above.shape, device=device).masked_fill_(above, float("-inf")))
+            else:
+                places = (query_place, key_index.astype(np.int32), key_end)
+                mask = IntervalMask(*(torch.from_numpy(x).to(device) for x in places))
             batches.append(
                 Batch(
                     query_index=torch.from_numpy(query_index).flatten().to(device),
                     key_index=torch.from_numpy(key_index).flatten().to(device),
-                    bias_BQK=bias.to(device),
+                    visible_BQK=mask,
                     num_tasks=len(part),
+                    num_queries=padded_q,
+                    num_keys=padded_k,
                     kept=kept,
                 )
             )
@@ -194,9 +215,21 @@ def _rows(x: torch.Tensor, batch: Batch, num_groups: int, rows_per_task: int) ->
     return x.reshape(-1, num_groups * per_group, width)
 
 
+def _bias(batch: Batch) -> torch.Tensor:
+    """[1 or B, Q, K] fp32, 0 where visible and -inf elsewhere."""
+    mask = batch.visible_BQK
+    if isinstance(mask, CausalMask):
+        return mask.bias_1QK
+    place_BQ1 = mask.query_place_BQ[:, :, None]
+    hidden_BQK = (mask.key_place_BK[:, None] > place_BQ1) | (place_BQ1 >= mask.key_end_BK[:, None])
+    # A padded query attends to everything, for no result: its softmax must not be that of nothing.
+    hidden_BQK &= place_BQ1 >= 0
+    return torch.zeros(hidden_BQK.shape, device=hidden_BQK.device).masked_fill_(hidden_BQK, float("-inf"))
+
+
 def _probabilities(q: torch.Tensor, k: torch.Tensor, batch: Batch, num_groups: int, scale: float) -> torch.Tensor:
     """[B * G, Q * N/G, K]"""
-    bias = batch.bias_BQK
+    bias = _bias(batch)
     num_tasks, num_queries, num_keys = bias.shape
     heads_per_group = q.shape[1] // num_queries
     bias = bias[:, None, :, None].expand(num_tasks, num_groups if num_tasks > 1 else 1, num_queries, heads_per_group, num_keys)
@@ -214,7 +247,7 @@ def attention_forward(
     for batch in plan.batches:
         k = _keys(k1, batch)
         probs = _probabilities(_queries(q1, batch, num_groups), k, batch, num_groups, scale)
-        outputs.append(_rows(torch.bmm(probs, _keys(v1, batch)), batch, num_groups, batch.bias_BQK.shape[1]))
+        outputs.append(_rows(torch.bmm(probs, _keys(v1, batch)), batch, num_groups, batch.num_queries))
         if keep and batch.kept:
             kept.append(probs)
     outputs.append(q1[-1:])
@@ -238,7 +271,7 @@ def attention_backward(
     for i, batch in enumerate(plan.batches):
         q, k, v, g = _queries(q1, batch, num_groups), _keys(k1, batch), _keys(v1, batch), _queries(g1, batch, num_groups)
         probs = kept_probs[i] if batch.kept else _probabilities(q, k, batch, num_groups, scale)
-        num_queries, num_keys = batch.bias_BQK.shape[1:]
+        num_queries, num_keys = batch.num_queries, batch.num_keys
         dv = _rows(torch.bmm(probs.transpose(1, 2), g), batch, num_groups, num_keys)
         dscores = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), probs, -1, torch.float32)
         dq_parts.append(_rows(torch.bmm(dscores, k), batch, num_groups, num_queries))
