@@ -23,34 +23,34 @@ def toy_cpu() -> RunConfig:
     """Chained arithmetic on two CPU cores, in minutes."""
     return RunConfig(
         name="toy_cpu",
-        steps=28,
+        steps=48,
         model=ModelConfig(context_length=160),
         data=DataConfig(
             task=ArithmeticTask(
                 modulus=10,
                 max_operations=5,
-                direct_probability=(0.1, 0.2, 0.6, 0.75),
-                slip_probability=0.6,
+                direct_probability=(0.1, 0.3, 0.6, 0.6),
+                slip_probability=0.5,
             ),
         ),
         sft=(
             SFTStage(
-                steps=450,
+                steps=600,
                 batch_tokens=2048,
                 max_tokens=160,
                 optimizer=OptimizerConfig(lr=2e-3, min_lr=4e-5, warmup_steps=50, decay_style="linear", decay_start=0.5, clip_grad=1.0),
             ),
         ),
-        sampling=SamplingConfig(groups_in_flight=64, num_samples=8, curriculum_steps=6),
-        rollout=RolloutConfig(max_response_tokens=112, token_budget=30_000, repetition=RepetitionConfig(ngram=0)),
-        replay=ReplayConfig(groups_per_update=32),
+        sampling=SamplingConfig(groups_in_flight=96, num_samples=8, curriculum_steps=6),
+        rollout=RolloutConfig(max_response_tokens=112, token_budget=40_000, repetition=RepetitionConfig(ngram=0)),
+        replay=ReplayConfig(groups_per_update=48),
         loss=LossConfig(tau=0.1, scale=0.1),
-        length_penalty=LengthPenaltyConfig(weight=0.5, start_step=14, warmup_steps=4),
+        length_penalty=LengthPenaltyConfig(weight=0.5, start_step=26, warmup_steps=4),
         trainer=TrainerConfig(
             microbatch_tokens=4096,
             updates_per_iteration=4,
             optimizer=OptimizerConfig(lr=2e-4, eps=1e-4, clip_grad=1.0),
         ),
-        evaluation=EvaluationConfig(every=7),
+        evaluation=EvaluationConfig(every=6),
         checkpoint=CheckpointConfig(every=10),
     )
