@@ -17,10 +17,17 @@ from tandem.engine.rollout.weights import LayerWeights, ModelWeights
 # shows, above it the padding.
 ATTENTION_ROWS = 32
 # oneDNN's float32 product runs at 2.2 times the speed of MKL's on an AMD CPU (220 against 100 GFLOP/s, one core of Zen 5), but
-# spends a millisecond on every shape that it has not seen and remembers 1024. So rows are padded to a multiple of
-# ONEDNN_ROWS, and beyond MAX_ONEDNN_ROWS, or below ONEDNN_ROWS, where it is not faster, MKL multiplies.
+# spends a millisecond on every shape that it has not seen and remembers 1024. So decoded rows are padded to a multiple of
+# ONEDNN_ROWS, and beyond MAX_ONEDNN_ROWS MKL multiplies. Padding also keeps MKL from its paths for a few rows, which round differently.
 ONEDNN_ROWS = 16
 MAX_ONEDNN_ROWS = 1024
+# MKL adds up products in blocks of this many and oneDNN in one; up to it both round alike, so that log-probs agree with a trainer on MKL.
+MKL_BLOCK = 192
+# Keys that a query attends to at least, most of them masked: with fewer, products and softmax take scalar paths that round differently
+# from those of a whole sequence, and log-probs would differ from the trainer's.
+MIN_KEYS = 16
+# Longest sequence whose scores are held at once in the prefill, in tokens.
+MAX_PLAIN_ATTENTION = 256
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # Padded prompt tokens in one prefill.
 PREFILL_TOKENS = 8192
@@ -79,16 +86,17 @@ class InferenceModel:
         """
         a = self.architecture
         num_rows = len(tokens_B)
-        num_padded = -(-num_rows // ONEDNN_ROWS) * ONEDNN_ROWS if num_rows >= ONEDNN_ROWS else num_rows
+        num_padded = -(-num_rows // ONEDNN_ROWS) * ONEDNN_ROWS
         positions = torch.from_numpy(positions_B)
         written = cache.flat_index(torch.arange(num_rows), positions)
         padding = (0, num_padded - num_rows)
         rotations = F.pad(positions, padding)
         cos, sin = self._cos[rotations][:, None], self._sin[rotations][:, None]
-        chunks = [
-            (start, stop, int(positions_B[start:stop].max()) + 1, _length_bias(positions[start:stop]))
-            for start, stop in ((s, min(s + ATTENTION_ROWS, num_rows)) for s in range(0, num_rows, ATTENTION_ROWS))
-        ]
+        chunks: list[tuple[int, int, int, torch.Tensor | None]] = []
+        for start in range(0, num_rows, ATTENTION_ROWS):
+            stop = min(start + ATTENTION_ROWS, num_rows)
+            length = min(cache.length, max(MIN_KEYS, int(positions_B[start:stop].max()) + 1))
+            chunks.append((start, stop, length, _length_bias(positions[start:stop], length)))
         x = F.embedding(F.pad(tokens_B, padding), weights.embedding)
         attended = torch.zeros(num_padded * a.num_kv_heads, a.num_heads // a.num_kv_heads, a.head_dim, dtype=self.dtype)
         for index, layer in enumerate(weights.layers):
@@ -143,7 +151,7 @@ class InferenceModel:
             if index == a.num_layers - 1:
                 return  # nobody asks for logits: the last token of a prompt is decoded
             heads = (pad(q, a.num_heads), pad(k, a.num_kv_heads), pad(v, a.num_kv_heads))
-            out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+            out = _attend_causally(*heads)
             out = out.transpose(1, 2).reshape(num_sequences * longest, -1)[padded]
             x = x + _linear(out, layer.o)
             x = x + self._feed_forward(layer, _rms_norm(x, layer.post_norm, a.rms_norm_eps))
@@ -194,7 +202,7 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x @ weight.T for x [T, in], weight [out, in]."""
-    if _HAS_ONEDNN and len(x) % ONEDNN_ROWS == 0 and 0 < len(x) <= MAX_ONEDNN_ROWS:
+    if _HAS_ONEDNN and len(x) % ONEDNN_ROWS == 0 and 0 < len(x) <= MAX_ONEDNN_ROWS and x.shape[1] <= MKL_BLOCK:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 
@@ -204,12 +212,22 @@ def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch
     return _linear(F.silu(gate).mul_(up), down)
 
 
-def _length_bias(positions: torch.Tensor) -> torch.Tensor | None:
-    """[rows, 1, longest] float32: -inf on keys past a row's own position; None when all rows are equally long."""
-    longest = int(positions.max()) + 1
-    if int(positions.min()) + 1 == longest:
+def _attend_causally(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of whole sequences: q [B, H, S, D], k and v [B, G, S, D]. Short ones in the order of operations of `_attend`."""
+    num_groups, length = k.shape[1], q.shape[2]
+    if length > MAX_PLAIN_ATTENTION:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    by_group = q.unflatten(1, (num_groups, -1))
+    scores = (by_group @ k[:, :, None].transpose(-1, -2)).float().mul_(q.shape[-1] ** -0.5)
+    scores.masked_fill_(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
+
+
+def _length_bias(positions: torch.Tensor, length: int) -> torch.Tensor | None:
+    """[rows, 1, length] float32: -inf on keys past a row's own position; None when all rows see all of them."""
+    if int(positions.min()) + 1 == length:
         return None
-    hidden = torch.arange(longest) > positions[:, None]
+    hidden = torch.arange(length) > positions[:, None]
     return torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
 
 

@@ -51,18 +51,18 @@ def _sample_rows(
     greedy = temperature == 0
     if np.any(temperature != np.where(greedy, 0, 1)):
         logits = logits / torch.from_numpy(np.where(greedy, 1, temperature).astype(np.float32))[:, None]
-    logprobs = torch.log_softmax(logits, dim=-1)
+    logprobs = torch.log_softmax(logits.double(), dim=-1)  # in fp32 it would round to the size of the largest logit
     if greedy.all():
         tokens = logits.argmax(-1)
     else:
         tokens = _inverse_cdf(logprobs, torch.from_numpy(uniform), top_k, top_p)
         if greedy.any():
             tokens = torch.where(torch.from_numpy(greedy), logits.argmax(-1), tokens)
-    return tokens.numpy(), logprobs.gather(1, tokens[:, None]).squeeze(1).numpy()
+    return tokens.numpy(), logprobs.gather(1, tokens[:, None]).squeeze(1).float().numpy()
 
 
 def _inverse_cdf(logprobs: torch.Tensor, uniform: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    probabilities = logprobs.double().exp_()
+    probabilities = logprobs.exp()
     order = None
     if top_k or top_p < 1:
         probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)

@@ -12,7 +12,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
         x32_TH = x_TH.float()
-        rstd_T1 = torch.linalg.vector_norm(x32_TH, dim=-1, keepdim=True).square_().div_(x_TH.shape[-1]).add_(eps).rsqrt_()
+        rstd_T1 = torch.linalg.vecdot(x32_TH, x32_TH)[..., None].div_(x_TH.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_TH, weight_H, rstd_T1)
         return (x32_TH * rstd_T1).mul_(weight_H).to(x_TH.dtype)
 

@@ -233,7 +233,8 @@ def _probabilities(q: torch.Tensor, k: torch.Tensor, batch: Batch, num_groups: i
     num_tasks, num_queries, num_keys = bias.shape
     heads_per_group = q.shape[1] // num_queries
     bias = bias[:, None, :, None].expand(num_tasks, num_groups if num_tasks > 1 else 1, num_queries, heads_per_group, num_keys)
-    scores = torch.baddbmm(bias.reshape(-1, q.shape[1], num_keys), q, k.transpose(1, 2), alpha=scale)
+    # Scaled after the product, as rollout engines do: with the scale folded into it the last bits of their log-probs differ.
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale).add_(bias.reshape(-1, q.shape[1], num_keys))
     return torch.softmax(scores, dim=-1)
 
 
