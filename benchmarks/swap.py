@@ -4,7 +4,9 @@
 
 Every rank leads one embedded engine (a child process), as in a run on CPUs; the bytes are what all engines receive together.
 Swap and copy alternate, so that both meet the same load of the machine. The copy is one process, one thread, whole tensors
-into memory that was touched before. The engines verify every checksum before they commit, so a swap that ended moved the right bytes.
+(torch's `copy_`) into memory that was touched before. "first" are the first two swaps: each fills one of the engine's two
+copies of the weights for the first time, and the first also starts the engine, plans and opens the shared memory. The engines
+verify every checksum before they commit, so a swap that ended moved the right bytes.
 """
 
 import argparse
@@ -112,8 +114,7 @@ def measure(hf_config: Mapping[str, Any], config: SwapConfig, repeats: int) -> d
     assert stats is not None
     assert engine.policy_version == repeats + 1
     engine.close()
-    # the first two swaps fill the engine's two copies of the weights for the first time
-    return {"bytes": stats.num_bytes, "buckets": stats.num_buckets, "swap_s": swap_s[2:], "copy_s": copy_s[2:]}
+    return {"bytes": stats.num_bytes, "buckets": stats.num_buckets, "first_s": swap_s[:2], "swap_s": swap_s[2:], "copy_s": copy_s[2:]}
 
 
 def main() -> None:
@@ -127,8 +128,8 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root).stdout.strip()
     versions = f"torch {torch.__version__}, commit {commit}, load average {os.getloadavg()[0]:.1f}"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}")
-    print("| model | ranks | bytes received | buckets | swap ms (min–max) | GB/s | copy ms (min–max) | GB/s | swap / copy |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| model | ranks | bytes received | buckets | swap ms (min–max) | GB/s | copy ms (min–max) | GB/s | swap / copy | first ms |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for label, model in (("toy", TOY), (f"{args.megabytes} MiB", large_model(args.megabytes))):
         for num_ranks in args.ranks:
             for kib in args.bucket_kib:
@@ -146,7 +147,9 @@ def main() -> None:
                     "swap_s": swap_s,
                     "swap_min_s": min(found["swap_s"]),
                     "swap_max_s": max(found["swap_s"]),
+                    "first_s": found["first_s"],
                     "copy_s": copy_s,
+                    "copy_min_s": min(found["copy_s"]),
                     "ratio": swap_s / copy_s,
                     "commit": commit,
                 }
@@ -154,8 +157,9 @@ def main() -> None:
                     f"{s * 1e3:.2f} ({min(all_s) * 1e3:.2f}–{max(all_s) * 1e3:.2f}) | {found['bytes'] / s / 1e9:.2f}"
                     for s, all_s in ((swap_s, found["swap_s"]), (copy_s, found["copy_s"]))
                 ]
+                first = ", ".join(f"{s * 1e3:.0f}" for s in found["first_s"])
                 size = f"{found['bytes']:,} | {found['buckets']} × {kib} KiB"
-                print(f"| {label} | {num_ranks} | {size} | {cells[0]} | {cells[1]} | {swap_s / copy_s:.2f} |")
+                print(f"| {label} | {num_ranks} | {size} | {cells[0]} | {cells[1]} | {swap_s / copy_s:.2f} | {first} |")
                 print(json.dumps(row))
 
 

@@ -289,8 +289,8 @@ class CheckpointConfig:
 class SwapConfig:
     """Moving weights from the trainer to the rollout engine."""
 
-    bucket_bytes: int = 4 << 20
-    """Size of one bucket, in bytes; two are in flight."""
+    bucket_bytes: int = 2 << 20
+    """Size of one bucket, in bytes. The processes of a node share four, in memory."""
     timeout_s: float = 300.0
     """Deadline of every wait during a swap, in seconds."""
 

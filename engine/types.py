@@ -7,7 +7,7 @@ tokenised again. Log-probs are natural logarithms (nats).
 import enum
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -172,9 +172,11 @@ class TensorMeta:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BucketEntry:
-    """Bytes [tensor_start, tensor_start + num_bytes) of a tensor, lying at bucket_start in a bucket."""
+class BucketEntry(NamedTuple):
+    """Bytes [tensor_start, tensor_start + num_bytes) of a tensor, lying at bucket_start in a bucket.
+
+    A tuple: making and pickling a dataclass would take a good part of the time in which the bytes are copied.
+    """
 
     name: str
     tensor_start: int
@@ -208,6 +210,26 @@ class WeightSink(Protocol):
 
     def rollback(self) -> None:
         """Forget the transaction; the old version goes on serving. Safe to call without one."""
+        ...
+
+
+class PendingLoad(Protocol):
+    """A bucket that an engine is taking over."""
+
+    def wait(self) -> None:
+        """Return once every checksum held; the buffer may then be reused. Raises: as `WeightSink.load`."""
+        ...
+
+
+@runtime_checkable
+class PipelinedWeightSink(WeightSink, Protocol):
+    """A sink that is handed the next bucket while it still takes over one, so that it never waits for a message.
+
+    `rollback` ends what is pending before it returns.
+    """
+
+    def load_async(self, shared_memory_path: str, entries: Sequence[BucketEntry]) -> PendingLoad:
+        """Begin to take over one bucket. Buckets are taken over in the order of the calls."""
         ...
 
 

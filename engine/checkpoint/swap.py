@@ -9,6 +9,7 @@ shared memory; all ranks agree through a process group of their own. Every wait 
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -25,10 +26,12 @@ from tandem.engine.checkpoint.transport import CHECKSUMMED, FAILED, LOADED, NUM_
 from tandem.engine.checkpoint.writer import BucketWork, make_bucket_work
 from tandem.engine.config import SwapConfig
 from tandem.engine.log import RunLog
-from tandem.engine.types import BucketEntry, TensorMeta, WeightSink, WeightSource, WeightTransferError
+from tandem.engine.types import BucketEntry, PendingLoad, PipelinedWeightSink, TensorMeta, WeightSink, WeightSource, WeightTransferError
 
 # A rank may spend one deadline on a bucket and one on its engine before it comes to say so.
 _AGREE_FACTOR = 3
+# Buckets that an engine has at a time. Fewer than slots: ranks write the others, and never wait for a bucket that waits for them.
+_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,9 +287,16 @@ class WeightSwap:
         shared, num_buckets = setup.buckets, len(setup.plan.buckets)
         assert shared is not None
         where, entries = "prepare", []
+        pipelined = sink if isinstance(sink, PipelinedWeightSink) else None
+        pending: deque[tuple[int, list[BucketEntry], PendingLoad]] = deque()
         try:
             sink.prepare(policy_version, setup.tensors)
             for bucket, layout in enumerate(setup.plan.buckets):
+                if len(pending) == _IN_FLIGHT:
+                    number, entries, load = pending.popleft()
+                    where = f"bucket {number} of {num_buckets}"
+                    load.wait()
+                    shared.publish(self._rank, LOADED, self._ticket(setup, number))
                 where, entries = f"bucket {bucket} of {num_buckets}", []
                 self._wait(setup, setup.node_ranks, CHECKSUMMED, bucket, "write")
                 slot = bucket % NUM_SLOTS
@@ -300,8 +310,16 @@ class WeightSwap:
                     )
                     for entry, checksum in zip(layout, shared.checksums[slot, : len(layout)].tolist(), strict=True)
                 ]
-                sink.load(shared.path(slot), entries)
-                shared.publish(self._rank, LOADED, self._ticket(setup, bucket))
+                if pipelined is not None:
+                    pending.append((bucket, entries, pipelined.load_async(shared.path(slot), entries)))
+                else:
+                    sink.load(shared.path(slot), entries)
+                    shared.publish(self._rank, LOADED, self._ticket(setup, bucket))
+            while pending:
+                number, entries, load = pending.popleft()
+                where = f"bucket {number} of {num_buckets}"
+                load.wait()
+                shared.publish(self._rank, LOADED, self._ticket(setup, number))
         except PeerFailed:
             failures.append(_Failure(self._rank, where, ""))
         except Exception as error:  # whatever it is, all ranks must roll back

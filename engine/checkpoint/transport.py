@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import xxhash
 
-NUM_SLOTS = 2  # one is written while the other is read
+NUM_SLOTS = 4  # one is written, one is ready, and an engine has two: one that it reads and the next
 _LINE = 8  # int64 per rank: one cache line, so that ranks do not slow each other down
-_YIELDS = 200  # turns of a wait that only yield the core: about as long as copying a bucket
-_SLEEP_S = 50e-6
+_YIELDS = 20  # turns of a wait that only yield the core; more would keep it from those that are waited for
+_SLEEP_S = 20e-6
 
 # Counters of a rank, in its cache line.
 WRITTEN, CHECKSUMMED, LOADED, FAILED = range(4)

@@ -14,6 +14,7 @@ from tandem.engine.checkpoint.transport import NUM_SLOTS, SharedBuckets
 from tandem.engine.types import TensorMeta
 
 Copy = tuple[torch.Tensor, torch.Tensor]  # (destination, source); the dtypes may differ
+ByteCopy = tuple[memoryview, memoryview]  # (destination, source), equally long
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,13 @@ class EntryWork:
     slot: int
     start: int
     num_bytes: int
-    copies: tuple[Copy, ...]
+    byte_copies: tuple[ByteCopy, ...]
+    copies: tuple[Copy, ...]  # that convert, gather strided rows or come from a device
     computes_checksum: bool
 
     def write(self, shared: SharedBuckets) -> None:
+        for target, origin in self.byte_copies:
+            target[:] = origin  # libc's copy: half the time of torch's
         for destination, source in self.copies:
             destination.copy_(source)
         if self.computes_checksum:
@@ -108,14 +112,32 @@ def make_bucket_work(
             if rank not in writers[bucket, index]:
                 continue
             mine = checksum_rank == rank
-            entry_copies = tuple(copies[bucket, index])
+            plain = [pair for pair in copies[bucket, index] if _is_plain(*pair)]
             entry_work = EntryWork(
-                entry.name, index, bucket % NUM_SLOTS, entry.bucket_start, entry.num_bytes, entry_copies, computes_checksum=mine and alone
+                name=entry.name,
+                index=index,
+                slot=bucket % NUM_SLOTS,
+                start=entry.bucket_start,
+                num_bytes=entry.num_bytes,
+                byte_copies=tuple((_memory(destination), _memory(source)) for destination, source in plain),
+                copies=tuple(pair for pair in copies[bucket, index] if not _is_plain(*pair)),
+                computes_checksum=mine and alone,
             )
             work.entries.append(entry_work)
             if mine and not alone:
                 work.late_checksums.append(entry_work)
     return works
+
+
+def _is_plain(destination: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether the copy is one of bytes in host memory."""
+    both = (destination, source)
+    return destination.dtype == source.dtype and all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in both)
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes, kept alive with it."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
 def _in_slot(shared: SharedBuckets, piece: Piece, entry: Entry, meta: TensorMeta) -> torch.Tensor:

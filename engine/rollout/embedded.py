@@ -31,8 +31,8 @@ _CLOSE_TIMEOUT_S = 5.0
 Message = tuple[str, Any]
 
 
-class PendingLoad:
-    """A bucket on its way: the buffer may be reused once `wait` has returned."""
+class PendingBucket:
+    """See `PendingLoad`."""
 
     def __init__(self, engine: "EmbeddedEngine", number: int) -> None:
         self._engine = engine
@@ -207,15 +207,15 @@ class EmbeddedEngine:
 
         Raises: WeightTransferError naming the tensor that is missing, unknown, or of another shape or dtype.
         """
-        self._command("prepare", policy_version, tuple(tensors))
+        self._command("prepare", policy_version, [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors])
 
     def load(self, shared_memory_path: str, entries: Sequence[BucketEntry]) -> None:
         """See `WeightSink.load`."""
         self.load_async(shared_memory_path, entries).wait()
 
-    def load_async(self, shared_memory_path: str, entries: Sequence[BucketEntry]) -> PendingLoad:
-        """Hand over one bucket and return; the next may be filled meanwhile. `commit` fails if any load failed."""
-        return PendingLoad(self, self._submit("load", shared_memory_path, tuple(entries)))
+    def load_async(self, shared_memory_path: str, entries: Sequence[BucketEntry]) -> PendingBucket:
+        """See `PipelinedWeightSink.load_async`. `commit` fails if any load failed."""
+        return PendingBucket(self, self._submit("load", shared_memory_path, tuple(entries)))
 
     def commit(self) -> None:
         """See `WeightSink.commit`. Nothing computed with the old weights is kept."""
@@ -224,6 +224,7 @@ class EmbeddedEngine:
     def rollback(self) -> None:
         """See `WeightSink.rollback`."""
         self._command("rollback")
+        self._answers.clear()  # of loads that nobody waited for
 
     def restart(self) -> None:
         """Replace the child, dead or alive, by one without weights (policy_version -1)."""

@@ -21,7 +21,7 @@ from tandem.engine.rollout.architecture import WorkerSetup
 from tandem.engine.rollout.inference import InferenceModel
 from tandem.engine.rollout.scheduler import Scheduler
 from tandem.engine.rollout.weights import WeightStore
-from tandem.engine.types import GenerationRequest
+from tandem.engine.types import GenerationRequest, TensorMeta
 
 
 class Worker:
@@ -48,7 +48,7 @@ class Worker:
     def _weights_command(self, command: str, arguments: tuple[Any, ...]) -> Any:
         """The command's result, or the exception that it raised (the parent raises it again)."""
         commands = {
-            "prepare": self._store.prepare,
+            "prepare": self._prepare,
             "load": self._store.load,
             "commit": self._store.commit,
             "rollback": self._store.rollback,
@@ -58,6 +58,9 @@ class Worker:
         except Exception as error:
             traceback.print_exc()
             return error
+
+    def _prepare(self, policy_version: int, tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> None:
+        self._store.prepare(policy_version, [TensorMeta(name=name, shape=shape, dtype=dtype) for name, shape, dtype in tensors])
 
     def _generate(self, requests: Sequence[GenerationRequest], token_budget: int | None) -> None:
         weights = self._store.serving
