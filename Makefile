@@ -12,15 +12,16 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 
-.PHONY: help install train test test-all lint bench report clean
+.PHONY: help install train test lint bench toy-figures report clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make install                 create .venv and install everything into it (PYTHON=python3.12, TORCH_INDEX=URL)"
 	@echo "make train                   install, then run a recipe (RECIPE=toy_cpu NPROC=2 ARGS='--steps 10')"
-	@echo "make test                    install, then the tests; make test-all adds the slow ones"
+	@echo "make test                    install, then the tests (ARGS='-k swap')"
 	@echo "make lint                    ruff and pyright"
 	@echo "make bench                   the benchmarks, one after the other"
+	@echo "make toy-figures             the README's toy figures: six whole runs, half an hour (NPROC=2 ARGS='--seeds 0 1 2')"
 	@echo "make report RUN=runs/NAME    write the run's report.html"
 	@echo "make clean                   remove .venv and caches; runs/ stays"
 
@@ -43,9 +44,6 @@ train: install
 	$(VENV)/bin/tandem train $(RECIPE) --nproc $(NPROC) $(ARGS)
 
 test: install
-	$(PY) -m pytest -m "not slow" $(ARGS)
-
-test-all: install
 	$(PY) -m pytest $(ARGS)
 
 lint: install
@@ -54,7 +52,10 @@ lint: install
 	$(VENV)/bin/pyright
 
 bench: install
-	@set -e; for script in $(filter-out benchmarks/harness.py benchmarks/toy_plot.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script; done
+	@set -e; for script in $(filter-out benchmarks/toy_%.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script; done
+
+toy-figures: install
+	$(PY) benchmarks/toy_seeds.py --nproc $(NPROC) $(ARGS)
 
 report: install
 	@test -n "$(RUN)" || { echo "name the run folder: make report RUN=runs/toy_cpu"; exit 2; }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from tandem.engine.errors import clear_errors
 from tandem.engine.recipes.registry import parse_launch
 
 
@@ -33,7 +34,14 @@ def export(run: tyro.conf.Positional[Path], to: Path) -> None:
     print(f"wrote {to}: the weights after {step} iterations")
 
 
-def evaluate(model: tyro.conf.Positional[Path], prompts: Path, max_response_tokens: int = 1024, threads: int = 1) -> None:
+def evaluate(
+    model: tyro.conf.Positional[Path],
+    prompts: Path,
+    max_response_tokens: int = 1024,
+    threads: int = 1,
+    prompt_template: str = "{question}",
+    use_chat_template: bool = False,
+) -> None:
     """Greedy pass@1 and response length of a model on a prompts file.
 
     Args:
@@ -41,10 +49,20 @@ def evaluate(model: tyro.conf.Positional[Path], prompts: Path, max_response_toke
         prompts: JSONL file with the fields question (or problem, prompt) and answer.
         max_response_tokens: Longest response, in tokens.
         threads: CPU threads of the rollout engine.
+        prompt_template: Text given to the tokenizer; {question} is replaced by the prompt. A run's is its data.prompt_template.
+        use_chat_template: Wrap the prompt as a user turn in the tokenizer's chat template. A run's is its data.use_chat_template.
     """
     from tandem.engine.evaluate import evaluate_model
 
-    for name, value in evaluate_model(model, prompts, max_response_tokens=max_response_tokens, num_threads=threads).items():
+    measured = evaluate_model(
+        model,
+        prompts,
+        max_response_tokens=max_response_tokens,
+        num_threads=threads,
+        prompt_template=prompt_template,
+        use_chat_template=use_chat_template,
+    )
+    for name, value in measured.items():
         print(f"{name}: {value:.4f}")
 
 
@@ -62,10 +80,10 @@ def report(run: tyro.conf.Positional[Path]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script. Bad input ends with a message and status 2."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if args[:1] == ["train"]:
-        _train(args[1:])
-        return
-    try:
+    with clear_errors():
+        if args[:1] == ["train"]:
+            _train(args[1:])
+            return
         tyro.extras.subcommand_cli_from_dict(
             {"train": train, "export": export, "evaluate": evaluate, "report": report},
             prog="tandem",
@@ -73,9 +91,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             args=args,
             use_underscores=True,
         )
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
 
 
 def _train(args: list[str]) -> None:

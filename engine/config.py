@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from tandem.engine.model_config import MeshConfig, ModelConfig, OptimizerConfig, TrainerConfig, check
+from tandem.engine.model_config import MeshConfig, ModelConfig, SFTStage, TrainerConfig, check
+from tandem.engine.model_config import OptimizerConfig as OptimizerConfig  # recipes find every class here
 
 T = TypeVar("T")
 
@@ -254,24 +255,6 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTStage:
-    """One stage of the supervised warm start (2.5.2: 32k tokens, 2e-5 to 2e-6; then 128k, 1e-5 to 1e-6)."""
-
-    steps: int
-    """Optimizer steps."""
-    batch_tokens: int
-    """Tokens per optimizer step over all ranks, prompts included."""
-    max_tokens: int
-    """Longest example, in tokens; a longer one is an error."""
-    optimizer: OptimizerConfig
-    """Learning rate and schedule of this stage."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "max_tokens"):
-            check(getattr(self, name) >= 1, f"sft.{name}", getattr(self, name), "it must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Saving to disk."""
 
@@ -338,6 +321,8 @@ class RunConfig:
     """Iterations of rollout and training."""
     seed: int = 0
     """Everything random is a hash of this and of what it is for."""
+    timeout_s: float = 86400.0
+    """Deadline of every wait between ranks outside a swap, in seconds: longer than the longest rollout phase."""
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -357,6 +342,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(self.steps >= 0, "steps", self.steps, "it must not be negative")
+        check(self.seed >= 0, "seed", self.seed, "it must not be negative")
+        check(self.timeout_s > 0, "timeout_s", self.timeout_s, "it must be positive")
+        if self.loss.variant == "rest":
+            rule = "loss.variant=rest fits correct responses as they are and would ignore it; set it to 0"
+            check(self.length_penalty.weight == 0, "length_penalty.weight", self.length_penalty.weight, rule)
+            check(self.reward.repetition_penalty == 0, "reward.repetition_penalty", self.reward.repetition_penalty, rule)
         check(
             self.rollout.max_response_tokens < self.model.context_length,
             "rollout.max_response_tokens",

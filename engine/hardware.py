@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,6 @@ class Hardware:
     cpu: str
     num_cores: int  # the smaller of the CPU affinity and the container's quota
     memory_bytes: int  # the smaller of the machine's and the container's limit
-    shm_free_bytes: int | None  # None: no /dev/shm
     gpus: tuple[Gpu, ...]
     ranks_per_node: int
     unusable_gpus: str = ""  # why GPUs that the driver knows are not in `gpus`
@@ -41,17 +39,15 @@ def describe_hardware(*, ranks_per_node: int = 1, root: Path = Path("/")) -> Har
 
     Args:
         ranks_per_node: how many ranks share the machine.
-        root: where /proc, /sys and /dev are found.
+        root: where /proc and /sys are found.
     """
     gpus, unusable = _gpus()
     quota_cores, limit_bytes = _container_limits(root)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    shm = root / "dev/shm"
     return Hardware(
         cpu=_cpu_model(root),
         num_cores=max(1, min(cores, int(quota_cores)) if quota_cores is not None else cores),
         memory_bytes=min(psutil.virtual_memory().total, limit_bytes or 1 << 62),
-        shm_free_bytes=shutil.disk_usage(shm).free if shm.is_dir() else None,
         gpus=gpus,
         ranks_per_node=ranks_per_node,
         unusable_gpus=unusable,
@@ -92,25 +88,15 @@ def _warnings(hardware: Hardware, config: RunConfig) -> list[str]:
         warnings.append(
             "bfloat16 on a CPU is fast only with AMX or AVX512-BF16, and its rollout log-probs differ more; float32 is the safe choice."
         )
-    if hardware.shm_free_bytes is None:
-        warnings.append("there is no /dev/shm, through which weights reach the rollout engine.")
-    else:
-        needed = 2 * config.swap.bucket_bytes * max(1, ranks // config.rollout.tp)
-        if hardware.shm_free_bytes < needed:
-            warnings.append(
-                f"/dev/shm has {_size(hardware.shm_free_bytes)} free, and two buckets for each engine need {_size(needed)}; "
-                "give the container more (docker run --shm-size=1g) or lower swap.bucket_bytes."
-            )
     return warnings
 
 
 def _summary(hardware: Hardware) -> str:
-    shm = "no /dev/shm" if hardware.shm_free_bytes is None else f"{_size(hardware.shm_free_bytes)} free in /dev/shm"
     kinds = sorted({(gpu.name, gpu.memory_bytes) for gpu in hardware.gpus})
     counts = [(sum((gpu.name, gpu.memory_bytes) == kind for gpu in hardware.gpus), *kind) for kind in kinds]
     gpus = ", ".join(f"{count} x {name} ({_size(memory)})" for count, name, memory in counts) or "no GPU"
     cores = f"{hardware.num_cores} usable {_plural(hardware.num_cores, 'core')}"
-    return f"{hardware.cpu}, {cores}, {_size(hardware.memory_bytes)} of memory, {shm}, {gpus}"
+    return f"{hardware.cpu}, {cores}, {_size(hardware.memory_bytes)} of memory, {gpus}"
 
 
 def _gpus() -> tuple[tuple[Gpu, ...], str]:

@@ -42,9 +42,9 @@ class RunLog:
         self._config = config
         self._num_steps = num_steps
         self._trace = TraceWriter(run_dir / "trace", rank)
-        self._phases: list[tuple[str, list[int]]] = []  # open phases: name and nanoseconds spent in phases within them
-        self._phase_ns: dict[str, int] = {}
-        self._last_metrics_s = time.monotonic()
+        self._phases: list[str] = []  # open phases, the innermost last
+        self._phase_ns: dict[str, int] = {}  # nanoseconds of this step that are booked on each phase
+        self._step_start_ns = self._booked_until_ns = time.perf_counter_ns()
         self._num_warm_start_lines = 0
         self._purge_step: int | None = None
         self._tensorboard: Any = None
@@ -56,21 +56,19 @@ class RunLog:
     def phase(self, name: str, **args: Any) -> Iterator[dict[str, Any]]:
         """Time a phase of the run. Phases nest; what the block adds to the yielded dictionary is shown in the trace.
 
-        The metric `phase_s/NAME` counts a nested phase once, under its own name, so that the phases of a step add up to its time.
+        The metric `phase_s/NAME` counts a nested phase once, under its own name, so that the phases of a step add up to its time. A phase
+        that is open at a call of `metrics` is divided between the two steps; the trace shows it whole.
         """
-        self._phases.append((name, [0]))
+        start_ns = self._book()
+        self._phases.append(name)
         self._display.phase(name)
-        start_ns = time.perf_counter_ns()
         try:
             yield args
         finally:
-            end_ns = time.perf_counter_ns()
-            _, [nested_ns] = self._phases.pop()
-            self._phase_ns[name] = self._phase_ns.get(name, 0) + end_ns - start_ns - nested_ns
-            if self._phases:
-                self._phases[-1][1][0] += end_ns - start_ns
+            end_ns = self._book()
+            self._phases.pop()
             self._trace.complete(name, start_ns, end_ns, args)
-            self._display.phase(self._phases[-1][0] if self._phases else "")
+            self._display.phase(self._phases[-1] if self._phases else "")
 
     def event(self, name: str, **args: Any) -> None:
         """Mark this moment in the trace."""
@@ -81,7 +79,7 @@ class RunLog:
         self._trace.counter(name, values)
 
     def progress(self, phase: str, completed: float, total: float) -> None:
-        """Show how far a phase is: responses finished, tokens generated, microbatches done."""
+        """Show how far a phase is: groups finished, updates done. Cheap enough for every one of them."""
         self._display.progress(phase, completed, total)
 
     def say(self, text: str) -> None:
@@ -89,12 +87,18 @@ class RunLog:
         self._display.say(text)
 
     def phase_seconds(self) -> dict[str, float]:
-        """Seconds in each phase since the last `metrics`, nested phases not counted twice."""
+        """Seconds in each phase, open ones included, since the last `metrics` or `begin_steps`; nested phases are not counted twice."""
+        self._book()
         return {name: nanoseconds / 1e9 for name, nanoseconds in self._phase_ns.items()}
 
     def step_seconds(self) -> float:
-        """Seconds since the last `metrics`."""
-        return time.monotonic() - self._last_metrics_s
+        """Seconds since the last `metrics` or `begin_steps`."""
+        return (time.perf_counter_ns() - self._step_start_ns) / 1e9
+
+    def begin_steps(self) -> None:
+        """Before the first iteration: forget the time spent so far, so that its metrics hold no start-up. The trace keeps everything."""
+        self._step_start_ns = self._book()
+        self._phase_ns.clear()
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """End a step: rank 0 writes `values`, the seconds since the last call (`step_s`) and those of each phase (`phase_s/NAME`).
@@ -103,8 +107,8 @@ class RunLog:
             step: the iteration; -1 for updates of the supervised warm start, of which there are many.
             values: numbers (also 0-dim tensors), strings or None. NaN and infinities are written as null.
         """
-        now_s = time.monotonic()
-        step_s, self._last_metrics_s = now_s - self._last_metrics_s, now_s
+        now_ns = self._book()
+        step_s, self._step_start_ns = (now_ns - self._step_start_ns) / 1e9, now_ns
         line = {name: _plain(value) for name, value in values.items()}
         line |= {"step_s": round(step_s, 6)} | {f"phase_s/{name}": round(seconds, 6) for name, seconds in self.phase_seconds().items()}
         self._phase_ns.clear()
@@ -189,6 +193,15 @@ class RunLog:
         if self._rank == 0:
             merge_trace(self._run_dir / "trace", self._run_dir / TRACE_FILE)
 
+    def _book(self) -> int:
+        """Count the time since the last call as the innermost open phase's, and return time.perf_counter_ns()."""
+        now_ns = time.perf_counter_ns()
+        if self._phases:
+            name = self._phases[-1]
+            self._phase_ns[name] = self._phase_ns.get(name, 0) + now_ns - self._booked_until_ns
+        self._booked_until_ns = now_ns
+        return now_ns
+
     def _write_metrics(self, step: int, line: dict[str, Any]) -> None:
         if self._metrics_file is None:
             self._metrics_file = _open_to_append(self._run_dir / METRICS_FILE)
@@ -198,6 +211,8 @@ class RunLog:
             self._num_warm_start_lines += 1
         x = step if step >= 0 else self._num_warm_start_lines - 1
         numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
+        if step < 0:
+            del numbers["step_s"]  # its curve is that of the iterations
         if self._config.tensorboard:
             if self._tensorboard is None:
                 from torch.utils.tensorboard import SummaryWriter  # takes a second to import

@@ -1,4 +1,4 @@
-"""The trainer's fields: the network, how ranks divide it, and how it is optimised. Part of `RunConfig` (engine/config.py)."""
+"""The trainer's fields: the network, how ranks divide it, its optimisation and warm start. Part of `RunConfig` (engine/config.py)."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -42,8 +42,10 @@ class ModelConfig:
     """Base of the rotary embedding (from scratch)."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "context_length"):
+        sizes = "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"
+        for name in (*sizes, "moe_intermediate_size", "context_length"):
             check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "it must be at least 1")
+        check(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "it must be even: the rotary embedding turns pairs")
         check(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "model.num_key_value_heads",
@@ -122,6 +124,8 @@ class OptimizerConfig:
         check(0 <= self.min_lr <= max(self.lr, 0), "optimizer.min_lr", self.min_lr, f"it must lie between 0 and lr ({self.lr})")
         check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "it must not be negative")
         check(0 <= self.decay_start <= 1, "optimizer.decay_start", self.decay_start, "it must lie between 0 and 1")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "it must lie in [0, 1)")
         check(self.eps > 0, "optimizer.eps", self.eps, "it must be positive")
         check(self.clip_grad >= 0, "optimizer.clip_grad", self.clip_grad, "it must not be negative (0 turns it off)")
 
@@ -151,3 +155,21 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check(self.microbatch_tokens >= 1, "trainer.microbatch_tokens", self.microbatch_tokens, "it must be at least 1")
         check(self.updates_per_iteration >= 1, "trainer.updates_per_iteration", self.updates_per_iteration, "it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTStage:
+    """One stage of the supervised warm start (2.5.2: 32k tokens, 2e-5 to 2e-6; then 128k, 1e-5 to 1e-6)."""
+
+    steps: int
+    """Optimizer steps."""
+    batch_tokens: int
+    """Tokens per optimizer step over all ranks, prompts included."""
+    max_tokens: int
+    """Longest example, in tokens; a longer one is an error."""
+    optimizer: OptimizerConfig
+    """Learning rate and schedule of this stage."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens", "max_tokens"):
+            check(getattr(self, name) >= 1, f"sft.{name}", getattr(self, name), "it must be at least 1")

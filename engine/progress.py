@@ -13,7 +13,9 @@ from rich.table import Column
 from rich.text import Text
 
 RECENT_STEPS = 8  # the time left is estimated from the median of so many iterations
-PLAIN_INTERVAL_S = 15.0  # a log file gets a line within a phase no more often than this
+REDRAWS_PER_S = 5
+WARM_START_INTERVAL_S = 15.0  # a log file gets a line of the warm start no more often than this,
+PROGRESS_INTERVAL_S = 60.0  # and one within a phase no more often than this: iterations of seconds have their own lines
 
 # metric, label, format, unit
 SHOWN = (
@@ -33,7 +35,7 @@ class Display(Protocol):
         ...
 
     def progress(self, phase: str, completed: float, total: float) -> None:
-        """How much of the phase is done, in the phase's own unit."""
+        """How much of the phase is done, in the phase's own unit. Called for every unit, so it must be cheap."""
         ...
 
     def step_done(self, step: int, values: Mapping[str, object], seconds: float) -> None:
@@ -77,12 +79,12 @@ class PlainDisplay:
         """Phases are in the trace; a log file need not name each."""
 
     def progress(self, phase: str, completed: float, total: float) -> None:
-        if self._is_due():
+        if self._is_due(PROGRESS_INTERVAL_S):
             self.say(f"  {phase}: {completed:,.0f} of {total:,.0f} ({completed / total if total else 1.0:.0%})")
 
     def step_done(self, step: int, values: Mapping[str, object], seconds: float) -> None:
         if step < 0:
-            if self._is_due():
+            if self._is_due(WARM_START_INTERVAL_S):
                 self.say(f"warm start · {numbers_line(values)}")
             return
         if step >= self._num_steps:
@@ -98,8 +100,8 @@ class PlainDisplay:
 
     def close(self) -> None: ...
 
-    def _is_due(self) -> bool:
-        return time.monotonic() - self._last_line_s >= PLAIN_INTERVAL_S
+    def _is_due(self, interval_s: float) -> bool:
+        return time.monotonic() - self._last_line_s >= interval_s
 
 
 class TerminalDisplay:
@@ -117,13 +119,19 @@ class TerminalDisplay:
         )
         self._run = self._bars.add_task("starting", total=max(num_steps, 1), note="")
         self._phase = self._bars.add_task("", total=None, note="")
-        self._live = Live(Group(self._bars, self._numbers), console=console, refresh_per_second=5)
+        self._live = Live(Group(self._bars, self._numbers), console=console, refresh_per_second=REDRAWS_PER_S)
+        self._progress_of, self._next_progress_s = "", 0.0
         self._live.start()
 
     def phase(self, name: str) -> None:
         self._bars.update(self._phase, description=f"  {name}", total=None, completed=0, note="", visible=bool(name))
+        self._progress_of = ""
 
     def progress(self, phase: str, completed: float, total: float) -> None:
+        now_s = time.monotonic()
+        if phase == self._progress_of and now_s < self._next_progress_s and completed < total:  # nobody would see it
+            return
+        self._progress_of, self._next_progress_s = phase, now_s + 1 / REDRAWS_PER_S
         note = f"{completed:,.0f} of {total:,.0f}"
         self._bars.update(self._phase, description=f"  {phase}", total=total, completed=completed, note=note, visible=True)
 

@@ -192,7 +192,7 @@ def _plot_call(index: int, figure: Figure) -> str:
 def _subtitle(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> str:
     num_done = sum("phase_s/train" in row or "train/loss" in row for row in rows) or len(rows)
     busy_s = sum(line.get("step_s") or 0.0 for line in lines)
-    parts = [f"{num_done} of {config['steps']} iterations", f"{duration(busy_s)} in all"]
+    parts = [f"{num_done} of {config['steps']} iterations", f"{duration(busy_s)} without start-up"]
     if lines:
         ended = datetime.datetime.fromtimestamp(lines[-1]["time"], tz=datetime.UTC)
         parts.append(f"last written {ended:%Y-%m-%d %H:%M} UTC")

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import statistics
 import subprocess
 import sys
 import typing
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from tandem.engine import cli, config
+from tandem.engine import cli, config, errors
 from tandem.engine.config import RunConfig, SFTStage
+from tandem.engine.errors import clear_errors
 from tandem.engine.recipes import registry
 from tandem.engine.recipes.registry import RECIPES, parse_launch, parse_recipe
 
@@ -183,6 +185,66 @@ def test_several_ranks_are_started_with_torchrun(monkeypatch: pytest.MonkeyPatch
     assert command[0] == sys.executable
     assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     assert command[5:] == ["-m", "tandem.engine.train", "toy_cpu", "--steps", "1"]
+
+
+def test_the_prompt_format_reaches_the_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def evaluate_model(*args: Any, **options: Any) -> dict[str, float]:
+        calls.append((args, options))
+        return {"pass_at_1": 0.5}
+
+    monkeypatch.setattr("tandem.engine.evaluate.evaluate_model", evaluate_model)
+    paths = tmp_path / "model", tmp_path / "test.jsonl"
+    plain = {"max_response_tokens": 1024, "num_threads": 1, "prompt_template": "{question}", "use_chat_template": False}
+    cli.main(["evaluate", str(paths[0]), "--prompts", str(paths[1])])
+    cli.main(["evaluate", str(paths[0]), "--prompts", str(paths[1]), "--prompt_template", "Q: {question}", "--use_chat_template"])
+    assert calls == [(paths, plain), (paths, plain | {"prompt_template": "Q: {question}", "use_chat_template": True})]
+    assert capsys.readouterr().out == "pass_at_1: 0.5000\n" * 2
+
+
+def test_a_bad_line_of_the_prompts_ends_a_run_with_one_line_and_status_2(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": "2+2?"}\n')
+    options = ["--run_dir", tmp_path / "run", "--data.prompts", tmp_path / "prompts.jsonl", "--data.task.num_sft_examples", "1"]
+    command = [sys.executable, "-m", "tandem.engine.cli", "train", "toy_cpu", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {tmp_path / 'prompts.jsonl'}:2: ")
+    assert "needs a field answer" in line
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_an_error_within_a_library_keeps_its_traceback() -> None:
+    with pytest.raises(statistics.StatisticsError, match="n must be at least 1"), clear_errors():  # a ValueError
+        statistics.quantiles([1.0, 2.0], n=0)
+
+
+@pytest.mark.distributed
+def test_an_error_of_all_ranks_is_said_once(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import os\n"
+        "from tandem.engine import errors\n"
+        "from tandem.engine.config import MeshConfig\n"
+        "errors.RANK_0_FIRST_S = 60.0\n"
+        "with errors.clear_errors(int(os.environ['RANK'])):\n"
+        "    MeshConfig(tp=0)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode != 0
+    assert done.stderr.splitlines().count("error: mesh.tp is 0; it must be at least 1") == 1, done.stderr
+
+
+def test_an_error_that_rank_0_does_not_have_is_said_by_another(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "RANK_0_FIRST_S", 0.0)
+    with pytest.raises(SystemExit) as ended, clear_errors(rank=1):
+        config.MeshConfig(tp=0)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: mesh.tp is 0; it must be at least 1\n"
 
 
 def test_help_starts_without_importing_torch() -> None:

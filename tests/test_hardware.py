@@ -8,10 +8,10 @@ import pynvml
 import pytest
 import torch
 
-from tandem.engine.config import RunConfig, SwapConfig, TrainerConfig
+from tandem.engine.config import RunConfig, TrainerConfig
 from tandem.engine.hardware import Gpu, Hardware, describe_hardware, explain
 
-CPU = Hardware(cpu="A CPU", num_cores=4, memory_bytes=16 * 10**9, shm_free_bytes=8 * 10**9, gpus=(), ranks_per_node=2)
+CPU = Hardware(cpu="A CPU", num_cores=4, memory_bytes=16 * 10**9, gpus=(), ranks_per_node=2)
 GPUS = dataclasses.replace(CPU, gpus=(Gpu(name="H200", memory_bytes=141 * 10**9),) * 2)
 RUN = RunConfig(name="x")
 BF16 = RunConfig(name="x", trainer=TrainerConfig(dtype="bfloat16"))
@@ -44,7 +44,7 @@ def test_a_container_gets_what_its_control_group_grants(tmp_path: Path, files: d
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
     hardware = describe_hardware(root=tmp_path)
-    assert (hardware.num_cores, hardware.memory_bytes, hardware.shm_free_bytes) == (cores, memory_bytes, None)
+    assert (hardware.num_cores, hardware.memory_bytes) == (cores, memory_bytes)
 
 
 def test_a_group_without_limits_grants_the_machine(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_gpu_that_this_pytorch_cannot_use_is_named(monkeypatch: pytest.MonkeyP
 
 def test_a_cpu_run_is_explained() -> None:
     text = "\n".join(explain(CPU, RUN))
-    for part in ("A CPU, 4 usable cores, 16.0 GB of memory, 8.0 GB free in /dev/shm, no GPU", "2 threads each", "gloo", "references"):
+    for part in ("A CPU, 4 usable cores, 16.0 GB of memory, no GPU", "2 threads each", "gloo", "references"):
         assert part in text
     assert warnings(CPU, RUN) == []
 
@@ -89,8 +89,6 @@ def test_a_gpu_run_is_explained() -> None:
         (dataclasses.replace(GPUS, ranks_per_node=4), BF16, "4 ranks share 2 GPUs"),
         (GPUS, RUN, "set trainer.dtype to bfloat16"),
         (CPU, BF16, "float32 is the safe choice"),
-        (dataclasses.replace(CPU, shm_free_bytes=64 * 10**6), RunConfig(name="x", swap=SwapConfig(bucket_bytes=10**8)), "64.0 MB free"),
-        (dataclasses.replace(CPU, shm_free_bytes=None), RUN, "there is no /dev/shm"),
     ],
 )
 def test_what_will_go_wrong_is_said_before(hardware: Hardware, config: RunConfig, warning: str) -> None:

@@ -4,6 +4,7 @@ import builtins
 import gzip
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,52 @@ def test_phase_seconds_of_nested_phases_add_up_to_the_step(tmp_path: Path) -> No
     assert "phase_s/rollout" not in second
 
 
+def test_a_phase_that_is_open_at_metrics_is_divided_between_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_s = [1.0]
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: int(clock_s[0] * 1e9))
+    log = open_log(tmp_path)
+    with log.phase("sft"):
+        for _ in range(2):
+            clock_s[0] += 3.0
+            log.metrics(-1, {})
+        with log.phase("data"):
+            clock_s[0] += 0.5
+            assert log.phase_seconds() == {"data": 0.5, "sft": 0.0}
+            log.metrics(-1, {})
+            clock_s[0] += 0.25
+        clock_s[0] += 1.0
+    clock_s[0] += 2.0
+    log.metrics(0, {})
+    log.close()
+    lines = [{name: value for name, value in line.items() if name.endswith("_s") or "/" in name} for line in read_metrics(tmp_path)]
+    assert lines == [
+        {"step_s": 3.0, "phase_s/sft": 3.0},
+        {"step_s": 3.0, "phase_s/sft": 3.0},
+        {"step_s": 0.5, "phase_s/data": 0.5, "phase_s/sft": 0.0},
+        {"step_s": 3.25, "phase_s/data": 0.25, "phase_s/sft": 1.0},
+    ]
+    whole = {event["name"]: event["dur"] for event in read_part(tmp_path / "trace/rank_0.json") if event["ph"] == "X"}
+    assert whole == {"data": 0.75e6, "sft": 7.75e6}
+
+
+def test_the_first_step_holds_no_start_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_s = [1.0]
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: int(clock_s[0] * 1e9))
+    log = open_log(tmp_path)
+    with log.phase("checkpoint"):
+        clock_s[0] += 60.0
+    log.begin_steps()
+    assert (log.phase_seconds(), log.step_seconds()) == ({}, 0.0)
+    with log.phase("rollout"):
+        clock_s[0] += 2.0
+    log.metrics(0, {})
+    log.close()
+    [line] = read_metrics(tmp_path)
+    assert (line["step_s"], line["phase_s/rollout"]) == (2.0, 2.0)
+    assert "phase_s/checkpoint" not in line
+    assert {event["name"] for event in read_part(tmp_path / "trace/rank_0.json") if event["ph"] == "X"} == {"checkpoint", "rollout"}
+
+
 def test_a_phase_that_fails_is_still_in_the_trace(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     with pytest.raises(KeyError), log.phase("swap"):
@@ -107,12 +154,15 @@ def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path
 
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     log = open_log(tmp_path, config=LogConfig(progress=False))
+    log.metrics(-1, {"sft/loss": 0.25})
     for step in range(3):
         log.metrics(step, {"rollout/reward": step / 2, "note": "text"})
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("rollout/reward")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
+    assert [event.value for event in events.Scalars("sft/loss")] == [0.25]
+    assert [event.step for event in events.Scalars("step_s")] == [0, 1, 2]  # of iterations only
 
 
 def test_wandb_without_the_package_is_an_error_that_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +251,42 @@ def test_a_log_file_gets_one_line_an_iteration_with_units_and_time_left() -> Non
         "iteration 1/4 · reward 0.500 · pass@1 0.750 · length 33.2 tokens · rollout 4,321 tokens/s · 2.0 s · 6.0 s left",
         "iteration 2/4 · reward 0.600 · pass@1 0.750 · length 33.2 tokens · rollout 4,321 tokens/s · 4.0 s · 6.0 s left",
     ]
+
+
+def test_a_log_file_hears_of_a_long_phase_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_s = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock_s[0])
+    text = io.StringIO()
+    display = PlainDisplay(Console(file=text), num_steps=4)
+    for num_finished in range(1, 131):  # one a second
+        clock_s[0] += 1.0
+        display.progress("rollout", num_finished, 200)
+    assert text.getvalue().splitlines() == ["  rollout: 60 of 200 (30%)", "  rollout: 120 of 200 (60%)"]
+
+
+def test_a_terminal_is_told_of_progress_no_more_often_than_it_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_s = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock_s[0])
+    display = TerminalDisplay(Console(file=io.StringIO(), force_terminal=True), num_steps=4)
+    shown: list[float] = []
+    update = display._bars.update
+
+    def record(task: Any, **fields: Any) -> None:
+        if fields.get("total"):
+            shown.append(fields["completed"])
+        update(task, **fields)
+
+    monkeypatch.setattr(display._bars, "update", record)
+    display.phase("rollout")
+    for num_finished in range(1, 1001):  # a thousand a second
+        clock_s[0] += 0.001
+        display.progress("rollout", num_finished, 1000)
+    display.phase("evaluate")
+    display.progress("evaluate", 1, 10)  # another phase begins at once
+    display.close()
+    assert shown[0] == 1
+    assert shown[-2:] == [1000, 1]  # the end of a phase is always shown
+    assert len(shown) <= 8
 
 
 def test_the_evaluation_after_the_last_iteration_is_not_called_an_iteration() -> None:

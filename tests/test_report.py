@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tandem.engine.config import LogConfig, RunConfig
-from tandem.engine.log import RunLog
+from tandem.engine.log import RunLog, read_metrics
 from tandem.engine.plots import figures
 from tandem.engine.report import first_and_last, merge_by_step, write_report
 
@@ -37,7 +37,9 @@ def row(prompt_id: str, response: str, **values: Any) -> dict[str, Any]:
 def make_run(run_dir: Path, *, steps: int = 3, name: str = "toy") -> Path:
     log = RunLog(run_dir, rank=0, num_ranks=1, config=LogConfig(tensorboard=False, progress=False), num_steps=steps)
     (run_dir / "config.json").write_text(json.dumps(RunConfig(name=name, steps=steps).to_dict()))
-    log.metrics(-1, {"sft/loss": 2.0, "sft/step": 25})
+    with log.phase("sft"):
+        log.metrics(-1, {"sft/loss": 2.0, "sft/step": 25})
+    log.begin_steps()
     for step in range(steps):
         with log.phase("rollout"):
             pass
@@ -128,6 +130,13 @@ def test_bars_show_the_longest_phase_first_and_what_is_in_no_phase() -> None:
     rows = [{"step": step, "step_s": 10.0, "phase_s/train": 3.0, "phase_s/rollout": 5.0} for step in range(2)]
     [figure] = figures(rows, [])
     assert [(bar["name"], bar["y"]) for bar in figure.data] == [("rollout", [5.0, 5.0]), ("train", [3.0, 3.0]), ("in no phase", [2.0, 2.0])]
+
+
+def test_bars_hold_iterations_only(tmp_path: Path) -> None:
+    rows = merge_by_step(read_metrics(make_run(tmp_path)))
+    bars = next(figure for figure in figures(rows, []) if figure.title == "Time per iteration").data
+    assert {bar["name"] for bar in bars} - {"in no phase"} == {"rollout", "train"}
+    assert all(bar["x"] == [0, 1, 2] for bar in bars)
 
 
 def test_a_run_killed_in_its_first_iteration_has_a_report(tmp_path: Path) -> None:

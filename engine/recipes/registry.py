@@ -1,14 +1,14 @@
 """The recipes by name, and the command line over a recipe's fields."""
 
 import difflib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 
 from tandem.engine.config import RunConfig
+from tandem.engine.errors import fail
 from tandem.engine.recipes.toy_cpu import toy_cpu
 
 # every recipe, listed by hand: a reader finds its code by following the import
@@ -54,7 +54,7 @@ def _parse(kind: type[T], default: T, recipe: Callable[[], RunConfig], argv: Seq
             use_underscores=True,
         )
     except ValueError as error:  # raised by a configuration class about itself
-        _fail(str(error))
+        fail(str(error))
 
 
 def _find_recipe(argv: Sequence[str], prog: str) -> Callable[[], RunConfig]:
@@ -62,17 +62,12 @@ def _find_recipe(argv: Sequence[str], prog: str) -> Callable[[], RunConfig]:
     listing = "\n".join(f"  {name:<12} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in by_name.items())
     usage = f"usage: {prog} RECIPE [--field value ...]\n\nRecipes:\n{listing}\n\n{prog} RECIPE --help explains every field."
     if not argv:
-        _fail(f"no recipe was named\n\n{usage}")
+        fail(f"no recipe was named\n\n{usage}")
     if argv[0] in ("-h", "--help"):
         print(usage)
         raise SystemExit(0)
     if argv[0] not in by_name:
         near = difflib.get_close_matches(argv[0], by_name, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        _fail(f"{argv[0]!r} is no recipe; {hint}known recipes: {', '.join(by_name)}")
+        fail(f"{argv[0]!r} is no recipe; {hint}known recipes: {', '.join(by_name)}")
     return by_name[argv[0]]
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)

@@ -1,0 +1,40 @@
+"""Bad input ends a command with one line and status 2; a mistake of ours, with a traceback."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+# What rank 0 gets to print an error that all ranks have, and to end; torchrun then ends the others in a fraction of a second.
+RANK_0_FIRST_S = 5.0
+
+
+def fail(message: str) -> NoReturn:
+    """Print "error: …" and exit with status 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def clear_errors(rank: int = 0) -> Iterator[None]:
+    """Turn errors about the input into "error: …" and exit status 2: every ValueError and FileNotFoundError that our own code raises.
+
+    One from within a library passes: where it came from is what one needs to know. Ranks other than 0 give rank 0 time to
+    say the same; under torchrun its end ends them, and only what it does not say they print themselves.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if not _raised_by_us(error):
+            raise
+        if rank != 0:
+            time.sleep(RANK_0_FIRST_S)
+        fail(str(error))
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("tandem.")

@@ -1,0 +1,85 @@
+"""Every check of a configuration: the field, the value and the rule are named."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tandem.engine.config import (
+    LengthPenaltyConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ReplayConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    SamplingConfig,
+    SFTStage,
+    SwapConfig,
+    from_dict,
+)
+
+REST = LossConfig(variant="rest")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RunConfig(name="x", seed=-1), "seed is -1; it must not be negative"),
+        (lambda: RunConfig(name="x", steps=-1), "steps is -1; it must not be negative"),
+        (lambda: RunConfig(name="x", timeout_s=0.0), "timeout_s is 0.0; it must be positive"),
+        (lambda: ModelConfig(intermediate_size=0), "model.intermediate_size is 0; it must be at least 1"),
+        (lambda: ModelConfig(moe_intermediate_size=-5), "model.moe_intermediate_size is -5; it must be at least 1"),
+        (lambda: ModelConfig(head_dim=0), "model.head_dim is 0; it must be at least 1"),
+        (lambda: ModelConfig(head_dim=33), "model.head_dim is 33; it must be even"),
+        (lambda: ModelConfig(num_attention_heads=5, num_key_value_heads=2), "model.num_key_value_heads is 2; it must divide"),
+        (lambda: ModelConfig(num_experts=4, num_experts_per_tok=5), "model.num_experts_per_tok is 5; it must lie between 1 and"),
+        (lambda: MeshConfig(pp=0), "mesh.pp is 0; it must be at least 1"),
+        (lambda: MeshConfig(sequence_parallel=True), "mesh.sequence_parallel is True; it needs mesh.tp > 1"),
+        (lambda: OptimizerConfig(beta1=1.0), "optimizer.beta1 is 1.0; it must lie in [0, 1)"),
+        (lambda: OptimizerConfig(beta2=-0.1), "optimizer.beta2 is -0.1; it must lie in [0, 1)"),
+        (lambda: OptimizerConfig(beta2=float("nan")), "optimizer.beta2 is nan; it must lie in [0, 1)"),
+        (lambda: OptimizerConfig(lr=1e-3, min_lr=1e-2), "optimizer.min_lr is 0.01; it must lie between 0 and lr"),
+        (lambda: LossConfig(baseline="log_mean_exp", tau=0.0), "loss.tau is 0.0; baseline=log_mean_exp divides by it"),
+        (lambda: RolloutConfig(temperature=0.0), "rollout.temperature is 0.0; it must be positive"),
+        (lambda: SwapConfig(bucket_bytes=100), "swap.bucket_bytes is 100; it must be at least 4096"),
+        (lambda: SFTStage(steps=0, batch_tokens=1, max_tokens=1, optimizer=OptimizerConfig()), "sft.steps is 0; it must be at least 1"),
+        (
+            lambda: RunConfig(name="x", loss=REST, length_penalty=LengthPenaltyConfig(weight=0.5)),
+            "length_penalty.weight is 0.5; loss.variant=rest fits correct responses as they are and would ignore it; set it to 0",
+        ),
+        (
+            lambda: RunConfig(name="x", loss=REST, reward=RewardConfig(repetition_penalty=0.25)),
+            "reward.repetition_penalty is 0.25; loss.variant=rest fits correct responses as they are and would ignore it; set it to 0",
+        ),
+        (
+            lambda: RunConfig(name="x", replay=ReplayConfig(groups_per_update=9), sampling=SamplingConfig(groups_in_flight=8)),
+            "replay.groups_per_update is 9; it must not exceed sampling.groups_in_flight (8)",
+        ),
+        (
+            lambda: RunConfig(name="x", rollout=RolloutConfig(max_response_tokens=256)),
+            "rollout.max_response_tokens is 256; it must be less than model.context_length (256)",
+        ),
+    ],
+)
+def test_a_value_that_a_rule_forbids_is_named_with_the_rule(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        make()
+    assert str(raised.value).startswith(message)
+
+
+def test_rest_without_penalties_is_allowed() -> None:
+    assert RunConfig(name="x", loss=REST).loss.variant == "rest"
+
+
+def test_a_configuration_is_the_same_after_being_saved() -> None:
+    stage = SFTStage(steps=3, batch_tokens=100, max_tokens=50, optimizer=OptimizerConfig(lr=1e-3))
+    config = RunConfig(name="x", timeout_s=60.0, sft=(stage,), mesh=MeshConfig(etp=1))
+    assert from_dict(RunConfig, config.to_dict()) == config
+
+
+def test_a_saved_field_that_there_is_not_is_named() -> None:
+    with pytest.raises(ValueError, match="RunConfig has no field stepz; it has name"):
+        from_dict(RunConfig, {"name": "x", "stepz": 3})
