@@ -121,25 +121,26 @@ class TerminalDisplay:
         self._phase = self._bars.add_task("", total=None, note="")
         self._live = Live(Group(self._bars, self._numbers), console=console, refresh_per_second=REDRAWS_PER_S)
         self._progress_of, self._next_progress_s = "", 0.0
+        self._done: dict[str, tuple[float, float]] = {}  # of every phase: short ones within it must not lose its bar
         self._live.start()
 
     def phase(self, name: str) -> None:
-        self._bars.update(self._phase, description=f"  {name}", total=None, completed=0, note="", visible=bool(name))
-        self._progress_of = ""
+        self._show(name)
 
     def progress(self, phase: str, completed: float, total: float) -> None:
+        self._done[phase] = completed, total
         now_s = time.monotonic()
         if phase == self._progress_of and now_s < self._next_progress_s and completed < total:  # nobody would see it
             return
         self._progress_of, self._next_progress_s = phase, now_s + 1 / REDRAWS_PER_S
-        note = f"{completed:,.0f} of {total:,.0f}"
-        self._bars.update(self._phase, description=f"  {phase}", total=total, completed=completed, note=note, visible=True)
+        self._show(phase)
 
     def step_done(self, step: int, values: Mapping[str, object], seconds: float) -> None:
         if step < 0:
             self._bars.update(self._run, description="warm start")
             self._numbers.plain = numbers_line(values)
             return
+        self._done.clear()
         self._latest.update({name: value for name, value in values.items() if not name.startswith("sft/")})
         self._numbers.plain = numbers_line(self._latest)
         if step >= self._num_steps:
@@ -154,6 +155,11 @@ class TerminalDisplay:
     def close(self) -> None:
         self._bars.update(self._phase, visible=False)
         self._live.stop()
+
+    def _show(self, phase: str) -> None:
+        completed, total = self._done.get(phase, (0, None))
+        note = "" if total is None else f"{completed:,.0f} of {total:,.0f}"
+        self._bars.update(self._phase, description=f"  {phase}", total=total, completed=completed, note=note, visible=bool(phase))
 
 
 def open_display(rank: int, num_steps: int, shown: bool) -> Display:

@@ -289,6 +289,18 @@ def test_a_terminal_is_told_of_progress_no_more_often_than_it_is_redrawn(monkeyp
     assert len(shown) <= 8
 
 
+def test_a_bar_comes_back_after_a_phase_within_its_own() -> None:
+    display = TerminalDisplay(Console(file=io.StringIO(), force_terminal=True), num_steps=4)
+    display.phase("rollout")
+    for num_finished in range(1, 4):
+        display.progress("rollout", num_finished, 10)
+        display.phase("grade")
+        display.phase("rollout")
+    bar = display._bars.tasks[1]
+    display.close()
+    assert (bar.description.strip(), bar.completed, bar.total, bar.fields["note"]) == ("rollout", 3, 10, "3 of 10")
+
+
 def test_the_evaluation_after_the_last_iteration_is_not_called_an_iteration() -> None:
     text = io.StringIO()
     PlainDisplay(Console(file=text), num_steps=4).step_done(4, {"eval/pass_at_1": 0.75}, 2.0)
