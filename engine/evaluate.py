@@ -8,13 +8,14 @@ import torch
 from tandem.engine.build import Parts, stop_token_ids
 from tandem.engine.checkpoint.disk import read_hf_config
 from tandem.engine.checkpoint.serve_folder import serve_folder
-from tandem.engine.config import DataConfig, RewardConfig, RolloutConfig
+from tandem.engine.config import DataConfig, RepetitionConfig, RewardConfig, RolloutConfig
 from tandem.engine.data.prompts import load_prompts
 from tandem.engine.data.tokenizer import load_tokenizer
 from tandem.engine.reward.judge import DOMAINS, Judge
 from tandem.engine.rollout.budget import generate_groups, new_group
 from tandem.engine.rollout.embedded import EmbeddedEngine
 from tandem.engine.run import Run
+from tandem.engine.trainer.layers import check_hf_config
 from tandem.engine.types import Prompt
 
 
@@ -45,22 +46,38 @@ def evaluate(run: Run, parts: Parts, step: int) -> dict[str, float]:
         }
 
 
-def evaluate_model(model: Path, prompts: Path, *, max_response_tokens: int, num_threads: int = 1) -> dict[str, float]:
+def evaluate_model(
+    model: Path,
+    prompts: Path,
+    *,
+    max_response_tokens: int,
+    prompt_template: str = "{question}",
+    use_chat_template: bool = False,
+    num_threads: int = 1,
+) -> dict[str, float]:
     """Greedy pass@1 and mean response length (tokens) of a Hugging Face folder, on the embedded engine in float32.
 
-    Raises: ValueError for a folder that is no model, or a prompts file with a bad line.
+    Nothing but an end token or the length limit ends a response.
+
+    Args:
+        max_response_tokens: longest response, in tokens.
+        prompt_template, use_chat_template: how a question is put, as in `DataConfig`.
+    Raises: ValueError for a folder that is no model, or none that can be trained here, and a prompts file with a bad line.
     """
-    hf_config, tokenizer = read_hf_config(model), load_tokenizer(model)
+    hf_config = read_hf_config(model)
+    check_hf_config(hf_config)
+    tokenizer = load_tokenizer(model)
     context_length = hf_config["max_position_embeddings"]
-    config = RolloutConfig(max_response_tokens=max_response_tokens)
-    loaded = load_prompts(prompts, tokenizer, DataConfig(), context_length=context_length, domains=DOMAINS)
+    config = RolloutConfig(max_response_tokens=max_response_tokens, repetition=RepetitionConfig(max_period=0, ngram=0))
+    data = DataConfig(prompt_template=prompt_template, use_chat_template=use_chat_template)
+    loaded = load_prompts(prompts, tokenizer, data, context_length=context_length, domains=DOMAINS)
     judge = Judge(RewardConfig(), tokenizer)
     with EmbeddedEngine(
         hf_config,
         config,
         dtype="float32",
         context_length=context_length,
-        stop_token_ids=stop_token_ids(tokenizer, hf_config),
+        stop_token_ids=stop_token_ids(tokenizer, model),
         num_threads=num_threads,
     ) as engine:
         serve_folder(model, engine, torch.float32)
@@ -69,7 +86,7 @@ def evaluate_model(model: Path, prompts: Path, *, max_response_tokens: int, num_
             [new_group(prompt, 1) for prompt in loaded],
             config=config,
             context_length=context_length,
-            seed_of=lambda prompt_id, sample, segment: 0,  # greedy draws no random numbers
+            seed_of=lambda group, sample, segment: 0,  # greedy draws no random numbers
             token_budget=None,
             temperature=0.0,
         )

@@ -7,7 +7,8 @@ A checkpoint is complete or not there. It has Megatron's distributed format, so 
         extra_0.pt      what a rank adds, such as the sampler's state
         complete.json   size and checksum of every file; written last
 
-A folder gets its name only when it is complete; a half-written one has another name, and a damaged one is passed over.
+A folder gets its name only when it is complete; a half-written one has another name, and a damaged one is passed over and renamed
+damaged_step_…, so that it does not take the place of a whole one among those that are kept.
 """
 
 import json
@@ -16,7 +17,7 @@ import os
 import queue
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,27 +33,58 @@ from tandem.engine.types import TensorMeta, WeightSource
 
 _LOG = logging.getLogger("tandem.checkpoint")
 _MARKER = "complete.json"
+GENERATION_CONFIG = "generation_config.json"
 _CHUNK_BYTES = 16 << 20
 MAX_SHARD_BYTES = 5 << 30
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder.
+    """config.json of a model folder, with a known model_type and all sizes.
 
-    Raises: ValueError if the folder is not a model: it says what was looked for.
+    Raises: ValueError if the folder is not a model, or one of another family, or a field is missing: it says what was looked for.
     """
     file = folder / "config.json"
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; a model folder holds config.json, *.safetensors and a tokenizer")
     if not file.is_file():
         raise ValueError(f"{folder} is not a model folder: it has no config.json")
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = _read_object(file)
+    if "model_type" not in config:
         raise ValueError(f"{file} has no model_type")
+    try:
+        NameMap(config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    missing = [name for name in ("num_key_value_heads", "max_position_embeddings") if config.get(name) is None]
+    if missing:
+        raise ValueError(f"{file}: the model's config has no {' and no '.join(missing)}")
     return config
+
+
+def read_stop_token_ids(folder: Path) -> tuple[int, ...]:
+    """The end tokens (eos_token_id, one or a list) that config.json and generation_config.json of a model folder name, ascending.
+
+    A chat model's end of turn is often named by the latter only.
+    Raises: ValueError if a file is not JSON, or an eos_token_id is neither a token nor a list of tokens.
+    """
+    found: set[int] = set()
+    for file in (folder / "config.json", folder / GENERATION_CONFIG):
+        named = _read_object(file).get("eos_token_id") if file.is_file() else None
+        tokens = named if isinstance(named, list) else [] if named is None else [named]
+        if any(type(token) is not int for token in tokens):
+            raise ValueError(f"{file}: eos_token_id is {named!r}; it must be a token id or a list of them")
+        found.update(tokens)
+    return tuple(sorted(found))
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return found
 
 
 def write_hf_config(folder: Path, hf_config: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -227,39 +259,62 @@ def save_checkpoint(
     return min(_steps(folder))
 
 
-def load_latest(folder: Path, sharded_state: dict[str, Any], *, group: dist.ProcessGroup | None = None) -> LoadedCheckpoint | None:
-    """Load the newest checkpoint whose files are all there and unchanged; None if there is none. A collective.
+def load_latest(
+    folder: Path,
+    sharded_state: Callable[[], dict[str, Any]],
+    *,
+    rename_damaged: bool = True,
+    group: dist.ProcessGroup | None = None,
+) -> LoadedCheckpoint | None:
+    """Load the newest checkpoint whose files are all there and unchanged; None if none was ever saved. A collective.
 
     Args:
-        sharded_state: the trainer's sharded_state_dict(is_loading=True); its layout may differ from the saved one's.
+        sharded_state: makes the trainer's sharded_state_dict(is_loading=True), whose layout may differ from the saved one's. Called only
+            when there is something to load: making it overwrites the optimizer's state.
+        rename_damaged: rename newer, damaged ones to damaged_step_…, so that `save_checkpoint` does not count them. False for a reader
+            beside the run, to which one that the run is just removing looks damaged.
+    Raises: ValueError on every rank if there are checkpoints and none is whole; then nothing is renamed.
     """
     from megatron.core import dist_checkpointing
 
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-    steps = [sorted(_steps(folder), reverse=True)]
-    dist.broadcast_object_list(steps, group=group, group_src=0)
-    for step in steps[0]:
+    listed = [(sorted(_steps(folder), reverse=True), sorted(entry.name for entry in folder.glob("damaged_step_*")))]
+    dist.broadcast_object_list(listed, group=group, group_src=0)
+    steps, damaged_before = listed[0]
+    damage: dict[int, str] = {}
+    for step in steps:
         checkpoint = folder / _name(step)
         faults = [""] * num_ranks
         dist.all_gather_object(faults, find_damage(checkpoint, part=rank, num_parts=num_ranks), group=group)
         found = [fault for fault in faults if fault]
         if found:
-            if rank == 0:
-                _LOG.warning("checkpoint %s is damaged and passed over: %s", checkpoint, found[0])
+            damage[step] = found[0]
             continue
-        state = dist_checkpointing.load(sharded_state, str(checkpoint / "state"))
-        assert isinstance(state, dict)
+        if rank == 0:
+            for passed, fault in damage.items():
+                _LOG.warning("checkpoint %s is damaged and passed over: %s", folder / _name(passed), fault)
+                if rename_damaged:
+                    _set_aside(folder / _name(passed))
+        wanted = sharded_state()
+        names = set(wanted)
+        loaded = dist_checkpointing.load(wanted, str(checkpoint / "state"))
+        assert isinstance(loaded, dict)
+        # Megatron adds all that is not a tensor, also of parts that were not asked for.
+        state = {name: value for name, value in loaded.items() if name in names}
         file = checkpoint / f"extra_{rank}.pt"
         return LoadedCheckpoint(step, checkpoint, state, torch.load(file, weights_only=True) if file.exists() else None)
+    if damage or damaged_before:
+        faults = [f"{_name(step)} ({fault})" for step, fault in damage.items()] + damaged_before
+        raise ValueError(f"no checkpoint in {folder} is whole: {'; '.join(faults)}; repair one, or delete the folder to start anew")
     return None
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint of a run, for one process."""
-    for step in sorted(_steps(folder), reverse=True):
-        if not find_damage(folder / _name(step)):
-            return folder / _name(step)
-    return None
+def _set_aside(checkpoint: Path) -> None:
+    """Rename a damaged checkpoint, in place of an earlier one of the same step."""
+    target = checkpoint.with_name(f"damaged_{checkpoint.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    checkpoint.rename(target)
+    _sync(checkpoint.parent)
 
 
 def find_damage(checkpoint: Path, *, part: int = 0, num_parts: int = 1) -> str:

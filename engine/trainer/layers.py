@@ -19,6 +19,12 @@ from tandem.engine.trainer.mesh import Mesh, num_experts_of
 from tandem.kernels.attention import packed_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Fields of config.json without which a model is not known.
+NEEDED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+)
+NEEDED_OF_MOE = ("num_experts_per_tok", "moe_intermediate_size")
 
 
 def qwen3_hf_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
@@ -57,13 +63,25 @@ def qwen3_hf_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def check_hf_config(config: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming field and value, for a model that the layers here do not compute."""
-    if config["model_type"] not in ("qwen3", "qwen3_moe"):
-        raise ValueError(f"model_type is {config['model_type']!r}; the trainer knows qwen3 and qwen3_moe")
+    """Raise ValueError, naming field and value, for a model that the layers here do not compute or that lacks a field."""
+    model_type = config.get("model_type")
+    if model_type not in ("qwen3", "qwen3_moe"):
+        raise ValueError(f"model_type is {model_type!r}; the trainer knows qwen3 and qwen3_moe")
+    missing = [name for name in NEEDED + (NEEDED_OF_MOE if model_type == "qwen3_moe" else ()) if config.get(name) is None]
+    if model_type == "qwen3_moe" and config.get("num_experts", config.get("num_local_experts")) is None:
+        missing.append("num_experts (or num_local_experts)")
+    if missing:
+        raise ValueError(f"the config of the {model_type} model lacks {', '.join(missing)}; add what its weights were trained with")
     for name, plain in (("attention_bias", False), ("use_sliding_window", False), ("hidden_act", "silu"), ("attention_dropout", 0.0)):
         if config.get(name, plain) != plain:
             raise ValueError(f"{name} is {config[name]!r}; the trainer computes {name}={plain!r} only")
     rope_theta(config)
+
+
+def head_dim_of(config: Mapping[str, Any]) -> int:
+    """Width of one head; hidden_size over num_attention_heads where the model's config names none."""
+    head_dim = config.get("head_dim")
+    return config["hidden_size"] // config["num_attention_heads"] if head_dim is None else head_dim
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
@@ -80,7 +98,8 @@ def rope_theta(config: Mapping[str, Any]) -> float:
 
 def inverse_frequencies(config: Mapping[str, Any], device: torch.device) -> torch.Tensor:
     """[D/2] fp32: theta ** (-2 i / D)."""
-    exponent = torch.arange(0, config["head_dim"], 2, dtype=torch.float32, device=device) / config["head_dim"]
+    head_dim = head_dim_of(config)
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     return 1.0 / (rope_theta(config) ** exponent)
 
 
@@ -124,7 +143,7 @@ def transformer_config(config: Mapping[str, Any], mesh: Mesh, trainer: TrainerCo
         hidden_size=config["hidden_size"],
         num_attention_heads=config["num_attention_heads"],
         num_query_groups=config["num_key_value_heads"],
-        kv_channels=config["head_dim"],
+        kv_channels=head_dim_of(config),
         ffn_hidden_size=config["intermediate_size"],
         normalization="RMSNorm",
         layernorm_epsilon=config["rms_norm_eps"],

@@ -23,7 +23,7 @@ from tandem.engine.trainer import loss as losses
 from tandem.engine.trainer import optimizer as optimizers
 from tandem.engine.trainer.batch import LocalBatch, localise, num_local_tokens
 from tandem.engine.trainer.context_parallel import gather_replicated
-from tandem.engine.trainer.layers import check_hf_config, inverse_frequencies, transformer_config
+from tandem.engine.trainer.layers import check_hf_config, head_dim_of, inverse_frequencies, transformer_config
 from tandem.engine.trainer.mesh import Mesh, num_experts_of
 from tandem.engine.trainer.model import build_chunks, initialise, weight_shards
 from tandem.engine.types import WeightShard
@@ -57,7 +57,8 @@ class MegatronTrainer:
         Raises: ValueError for a model that the layers do not compute.
         """
         check_hf_config(hf_config)
-        self._hf_config, self.mesh, self.config, self.loss = dict(hf_config), mesh, config, loss
+        self._hf_config = dict(hf_config) | {"head_dim": head_dim_of(hf_config)}
+        self.mesh, self.config, self.loss = mesh, config, loss
         # All microbatches of a pass have one length where stages or experts cannot tell each other theirs.
         self._one_length = mesh.config.vpp > 1 or (num_experts_of(hf_config) > 0 and config.moe_dispatcher == "allgather")
         self._model_config = transformer_config(hf_config, mesh, config, variable_lengths=mesh.pp_size > 1 and not self._one_length)
@@ -79,7 +80,7 @@ class MegatronTrainer:
             no_sync = [chunk.no_sync for chunk in self._ddp]
             self._model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # pyright: ignore[reportAttributeAccessIssue]
         self._optimizer = optimizers.build_optimizer(config, self._ddp)
-        self._lr = config.optimizer.lr
+        self._lr, self._optimizer_config = config.optimizer.lr, config.optimizer
 
     @property
     def hf_config(self) -> Mapping[str, Any]:
@@ -111,6 +112,7 @@ class MegatronTrainer:
 
     def set_optimizer_config(self, config: OptimizerConfig) -> None:
         """Betas, eps, weight decay and clipping of the steps from now on (not the learning rate)."""
+        self._optimizer_config = config
         optimizers.set_optimizer_config(self._optimizer, config)
 
     def reset_optimizer(self) -> None:
@@ -306,15 +308,19 @@ class MegatronTrainer:
 
     # Checkpoints
 
-    def sharded_state_dict(self, *, is_loading: bool = False) -> dict[str, Any]:
+    def sharded_state_dict(self, *, is_loading: bool = False, optimizer: bool = True) -> dict[str, Any]:
         """For `megatron.core.dist_checkpointing`: model and optimizer, loadable under another tp, pp, cp and dp.
 
-        Training draws no random numbers, so no generator is part of it. A change of ep is not supported (megatron-core 0.16.1 names
-        the optimizer's state differently).
+        With `is_loading` Megatron fills the optimizer's state with placeholders: a load must follow.
+
+        Training draws no random numbers, so no generator is part of it. The optimizer's state does not load under another ep
+        (megatron-core 0.16.1 names it differently); the model alone, without `optimizer`, loads under any layout.
         """
         state: dict[str, Any] = {}
         for i, chunk in enumerate(self._chunks):
             state["model" if len(self._chunks) == 1 else f"model{i}"] = chunk.sharded_state_dict(metadata=SHARDING)
+        if not optimizer:
+            return state
         model_state = (
             {key: value for part in list(state.values()) for key, value in part.items()} if len(self._chunks) == 1 else dict(state)
         )
@@ -322,10 +328,21 @@ class MegatronTrainer:
         return state
 
     def load_sharded(self, state: Mapping[str, Any]) -> None:
-        """Take over what `dist_checkpointing.load` made of `sharded_state_dict(is_loading=True)`."""
+        """Take over what `dist_checkpointing.load` made of `sharded_state_dict(is_loading=True)`.
+
+        Without the key "optimizer" the model alone is loaded. (`dist_checkpointing.load` adds that key, with a part of what is needed,
+        also where it was not asked for; `load_latest` removes it.)
+
+        Learning rate, betas, eps and weight decay stay this trainer's; Megatron would take over those that were saved.
+        """
         for i, chunk in enumerate(self._chunks):
             chunk.load_state_dict(state["model" if len(self._chunks) == 1 else f"model{i}"])
+        if "optimizer" not in state:
+            self.weights_changed()
+            return
         self._optimizer.load_state_dict(state["optimizer"])
+        optimizers.set_optimizer_config(self._optimizer, self._optimizer_config)
+        optimizers.set_learning_rate(self._optimizer, self._lr)
 
 
 def _from_last_stage(x: torch.Tensor) -> None:

@@ -17,10 +17,10 @@ import tandem.engine.trainer  # noqa: F401  before megatron
 from tandem.engine.checkpoint.disk import (
     export_hf,
     find_damage,
-    latest_checkpoint,
     load_hf_weights,
     load_latest,
     read_hf_config,
+    read_stop_token_ids,
     save_checkpoint,
 )
 from tandem.engine.config import LossConfig, MeshConfig, TrainerConfig
@@ -183,9 +183,45 @@ def test_a_folder_that_is_no_model_says_what_was_looked_for(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="has no model_type"):
         read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not a JSON object"):
+        read_hf_config(tmp_path)
 
 
-def save_steps(source: Path, folder: Path, mesh: MeshConfig, steps: list[int]) -> list[int]:
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2", "n_embd": 8}, r"config.json: model_type 'gpt2' is not known; known are qwen3, qwen3_moe"),
+        (DENSE, r"config.json: the model's config has no max_position_embeddings"),
+        ({name: value for name, value in DENSE.items() if name != "hidden_size"}, r"config.json: the model's config has no hidden_size"),
+        (DENSE | {"model_type": "qwen3_moe"}, r"has no num_experts or num_local_experts"),
+    ],
+    ids=["family", "context", "size", "experts"],
+)
+def test_a_model_of_another_family_or_without_a_field_is_named(tmp_path: Path, config: dict[str, Any], message: str):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        read_hf_config(tmp_path)
+
+
+def test_stop_tokens_are_those_of_both_configs(tmp_path: Path):
+    for config, generation_config, wanted in (
+        ({}, None, ()),
+        ({"eos_token_id": 0}, None, (0,)),
+        ({"eos_token_id": 5}, {"eos_token_id": [7, 5, 3]}, (3, 5, 7)),
+        ({"eos_token_id": [9, 2]}, {"eos_token_id": 4}, (2, 4, 9)),
+        ({"eos_token_id": None}, {"temperature": 0.6}, ()),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if generation_config is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
+        assert read_stop_token_ids(tmp_path) == wanted
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id is '</s>'; it must be a token id or a list"):
+        read_stop_token_ids(tmp_path)
+
+
+def save_steps(source: Path, folder: Path, mesh: MeshConfig, steps: list[int], keep: int = 2) -> list[int]:
     """Save one checkpoint per step, whose final norm is the step."""
     trainer = build_trainer(source, mesh)
     load_hf_weights(source, trainer)
@@ -196,13 +232,13 @@ def save_steps(source: Path, folder: Path, mesh: MeshConfig, steps: list[int]) -
                 weight.tensor.data.fill_(step)
         trainer.weights_changed()
         extra = {"rank": dist.get_rank(), "seen": {7: [0.5, "a"]}} if dist.get_rank() == 0 else None
-        oldest.append(save_checkpoint(folder, step, trainer.sharded_state_dict(), extra, keep=2))
+        oldest.append(save_checkpoint(folder, step, trainer.sharded_state_dict(), extra, keep=keep))
     return oldest
 
 
 def load_step(source: Path, folder: Path, mesh: MeshConfig) -> tuple[int, Any, dict[str, torch.Tensor]] | None:
     trainer = build_trainer(source, mesh)
-    found = load_latest(folder, trainer.sharded_state_dict(is_loading=True))
+    found = load_latest(folder, lambda: trainer.sharded_state_dict(is_loading=True))
     if found is None:
         return None
     trainer.load_sharded(found.state)
@@ -226,17 +262,49 @@ def test_the_newest_whole_checkpoint_is_loaded_on_another_layout(tmp_path: Path)
     shutil.copytree(folder / "step_00000003", folder / "partial_00000004")
     shutil.copytree(folder / "step_00000003", folder / "step_00000005")
     (folder / "step_00000005" / "complete.json").unlink()
-    assert latest_checkpoint(folder) == folder / "step_00000003"
 
     # a flipped bit
-    victim = max((folder / "step_00000003" / "state").iterdir(), key=lambda file: file.stat().st_size)
-    data = bytearray(victim.read_bytes())
-    data[len(data) // 2] ^= 1
-    victim.write_bytes(data)
+    flip_a_bit(folder / "step_00000003")
     assert "another checksum" in find_damage(folder / "step_00000003")
     step, extra, weights = run_ranks(load_step, 2, source, folder, MeshConfig(pp=2))[1]
     assert (step, extra) == (2, None)
     assert (weights["decoder.final_layernorm.weight"] == 2).all()
+    names = ["damaged_step_00000003", "damaged_step_00000005", "partial_00000004", "step_00000002"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+    # a damaged one is not counted among the kept
+    assert run_ranks(save_steps, 1, source, folder, MeshConfig(), [4], 1) == [[4]]
+    assert sorted(path.name for path in folder.glob("step_*")) == ["step_00000004"]
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    victim = max((checkpoint / "state").iterdir(), key=lambda file: file.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+
+
+def not_loaded() -> dict[str, Any]:
+    raise AssertionError("there is nothing to load")
+
+
+def load_nothing(folder: Path) -> str:
+    with pytest.raises(ValueError, match="is whole") as error:
+        load_latest(folder, not_loaded)
+    return str(error.value)
+
+
+@pytest.mark.distributed
+def test_checkpoints_of_which_none_is_whole_are_an_error_on_every_rank(tmp_path: Path):
+    for name in ("step_00000001", "step_00000002", "damaged_step_00000003"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_00000001" / "complete.json").write_text(json.dumps({"files": {"state.bin": {"bytes": 8, "xxh3": "0"}}}))
+    for _ in range(2):  # the second start says the same as the first
+        first, second = run_ranks(load_nothing, 2, tmp_path)
+        assert first == second
+        assert f"no checkpoint in {tmp_path} is whole: step_00000002 (complete.json: " in first
+        assert "; step_00000001 (state.bin is missing); damaged_step_00000003; " in first
+        assert first.endswith("delete the folder to start anew")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete"])

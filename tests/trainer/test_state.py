@@ -97,6 +97,51 @@ def _load(mesh: MeshConfig, model: dict[str, Any], config: TrainerConfig, folder
     return _train(trainer, 2)
 
 
+def _loaded_groups(folder: str, config: TrainerConfig) -> set[tuple[Any, ...]]:
+    trainer = _trainer(MeshConfig(), hf_config(), config)
+    trainer.load_sharded(dist_checkpointing.load(trainer.sharded_state_dict(is_loading=True), folder))  # pyright: ignore[reportArgumentType]
+    return {(group["eps"], group["betas"], group["weight_decay"], group["lr"]) for group in trainer._optimizer.param_groups}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_a_loaded_optimizer_keeps_the_settings_of_its_trainer(distributed_optimizer: bool, tmp_path: Path) -> None:
+    saved = TrainerConfig(distributed_optimizer=distributed_optimizer, optimizer=CONFIG.optimizer)
+    other = OptimizerConfig(lr=2e-3, eps=1e-6, beta1=0.5, beta2=0.75, weight_decay=0.25)
+    run_ranks(_save, 1, MeshConfig(), hf_config(), saved, str(tmp_path))
+    config = TrainerConfig(distributed_optimizer=distributed_optimizer, optimizer=other)
+    groups = run_ranks(_loaded_groups, 1, str(tmp_path), config)[0]
+    assert groups == {(1e-6, (0.5, 0.75), 0.25, 2e-3), (1e-6, (0.5, 0.75), 0.0, 2e-3)}  # Megatron does not decay norms
+
+
+def _load_model(mesh: MeshConfig, model: dict[str, Any], folder: str) -> tuple[list[torch.Tensor], float]:
+    """Weights that were loaded alone, and how far a step of learning rate 0 moves them."""
+    trainer = _trainer(mesh, model, BF16, seed=8)
+    state: Any = dist_checkpointing.load(trainer.sharded_state_dict(is_loading=True, optimizer=False), folder)
+    assert "optimizer" not in trainer.sharded_state_dict(optimizer=False)
+    trainer.load_sharded({name: value for name, value in state.items() if name != "optimizer"})
+    trainer.set_learning_rate(0.0)
+    weights = _weights(trainer)
+    _train(trainer, 1)
+    return weights, max((x - y).abs().max().item() for x, y in zip(weights, _weights(trainer), strict=True))
+
+
+def _save_model(model: dict[str, Any], folder: str) -> list[torch.Tensor]:
+    trainer = _trainer(MeshConfig(), model, BF16)
+    _train(trainer, 1)
+    filesystem_async._results_queue = queue.SimpleQueue()
+    dist_checkpointing.save(trainer.sharded_state_dict(), folder)
+    return _weights(trainer)
+
+
+@pytest.mark.distributed
+def test_a_model_loads_without_its_optimizer(tmp_path: Path) -> None:
+    saved = run_ranks(_save_model, 1, hf_config(), str(tmp_path))[0]
+    weights, moved = run_ranks(_load_model, 1, MeshConfig(), hf_config(), str(tmp_path))[0]
+    assert all(torch.equal(x, y) for x, y in zip(weights, saved, strict=True))
+    assert moved == 0.0  # the step writes the optimizer's master weights into the model's
+
+
 BF16 = TrainerConfig(dtype="bfloat16", optimizer=CONFIG.optimizer)
 
 
