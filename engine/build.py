@@ -1,12 +1,13 @@
 """From a configuration to the parts of a run. Every choice between implementations is one `if` here."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tandem.engine.checkpoint.disk import load_hf_weights, load_latest, read_hf_config, save_checkpoint
+from tandem.engine.checkpoint.disk import load_hf_weights, load_latest, read_hf_config, read_stop_token_ids, save_checkpoint
 from tandem.engine.checkpoint.swap import WeightSwap
 from tandem.engine.config import ModelConfig, check
 from tandem.engine.data.arithmetic import write_task
@@ -23,7 +24,19 @@ from tandem.engine.trainer.layers import qwen3_hf_config
 from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh, destroy_mesh
 from tandem.engine.trainer.optimizer import learning_rate
-from tandem.engine.types import Group, Prompt
+from tandem.engine.types import EngineDiedError, Group, Prompt
+
+# A context that holds any prompt.
+UNBOUNDED = 1 << 40
+# A rollout engine that dies this often in a row, without a finished phase between, ends the run.
+MAX_ENGINE_DEATHS = 3
+
+
+def stop_token_ids(tokenizer: HFTokenizer, model_path: str | Path | None) -> tuple[int, ...]:
+    """The tokenizer's end token and those that the model's folder names."""
+    of_tokenizer = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set[int]()
+    of_model = read_stop_token_ids(Path(model_path)) if model_path is not None else ()
+    return tuple(sorted({*of_tokenizer, *of_model}))
 
 
 def num_tokens(groups: Sequence[Group]) -> int:
@@ -45,13 +58,6 @@ def hf_config_of(model: ModelConfig, tokenizer: HFTokenizer) -> dict[str, Any]:
     return hf_config
 
 
-def stop_token_ids(tokenizer: HFTokenizer, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokenizer's end token and those that the model's configuration names."""
-    named = hf_config.get("eos_token_id")
-    of_model = named if isinstance(named, list) else [named]
-    return tuple(sorted({token for token in [tokenizer.eos_token_id, *of_model] if token is not None}))
-
-
 @contextlib.contextmanager
 def build(run: Run) -> Iterator["Parts"]:
     """Build the parts, and close what owns processes and files at the end, whatever happened."""
@@ -65,18 +71,15 @@ class Parts:
     def __init__(self, run: Run, stack: contextlib.ExitStack) -> None:
         self.run, config = run, run.config
         self.tokenizer = load_tokenizer(config.model.path)
+        prompts_file, held_out_file, self._sft_file = self._data_files()
+        self._resolve(prompts_file)
+        config = run.config
+        run.save_config()
         hf_config = hf_config_of(config.model, self.tokenizer)
         self.hidden_size: int = hf_config["hidden_size"]
-        if config.model.path is not None and config.sft and config.data.sft is None:
-            run.resolve(sft=())  # the task's examples would unteach a trained model
-            run.log.say("No supervised warm start: model.path names a trained model, and data.sft no examples.")
-
-        prompts_file, held_out_file, self._sft_file = self._data_files()
-        read = functools.partial(
-            load_prompts, tokenizer=self.tokenizer, config=config.data, context_length=config.model.context_length, domains=DOMAINS
-        )
-        prompts = read(prompts_file)
-        self.eval_prompts: Sequence[Prompt] = read(held_out_file)[: config.evaluation.max_prompts] if held_out_file else ()
+        prompts = self._read(prompts_file, config.model.context_length)
+        held_out = self._read(held_out_file, config.model.context_length) if held_out_file is not None else []
+        self.eval_prompts: Sequence[Prompt] = held_out[: config.evaluation.max_prompts]
 
         self.mesh = build_mesh(config.mesh, hf_config)
         stack.callback(destroy_mesh)
@@ -95,12 +98,32 @@ class Parts:
         self.buffer = ReplayBuffer(run.dir / "replay" / f"rank_{run.rank}.sqlite")
         stack.callback(self.buffer.close)
         self._checkpoints = run.dir / "checkpoints"
-        self.num_generated = 0  # by this leader since the run started
+        self.num_generated = 0  # tokens, by this leader since the last step ended
+        self._num_deaths = 0  # of engines in a row
+
+    def _read(self, file: Path, context_length: int) -> list[Prompt]:
+        return load_prompts(file, self.tokenizer, self.run.config.data, context_length=context_length, domains=DOMAINS)
+
+    def _resolve(self, prompts_file: Path) -> None:
+        """Settle what the user's own files leave open, and say so."""
+        run, config = self.run, self.run.config
+        model, data, say = config.model, config.data, run.log.say
+        if model.path is not None and config.sft and data.sft is None:
+            run.resolve(sft=())  # the task's examples would unteach a trained model
+            say("No supervised warm start: model.path names a trained model, and data.sft no examples.")
+        if model.path is None and data.prompts is not None and data.long_prompts == "error":
+            longest = max(len(prompt.token_ids) for prompt in self._read(prompts_file, UNBOUNDED))
+            needed = longest + config.rollout.max_response_tokens
+            if needed > model.context_length:
+                run.resolve(model=dataclasses.replace(model, context_length=needed))
+                say(f"model.context_length is {needed}: the longest of your prompts ({longest} tokens) and a response.")
+        if model.path is None and data.prompts is not None and run.config.sft and data.sft is None:
+            say("The warm start is on the recipe's own task: data.sft names no examples.")
 
     def _data_files(self) -> tuple[Path, Path | None, Path]:
         """Prompts, held-out prompts and supervised examples: the user's files, or those of the task, written into the run folder."""
         data, folder = self.run.config.data, self.run.dir / "data"
-        if self.run.rank == 0:
+        if self.run.rank == 0 and None in (data.prompts, data.sft):
             write_task(data.task, folder, seed=self.run.config.seed)
         self.run.barrier()
         prompts = Path(data.prompts) if data.prompts is not None else folder / "prompts.jsonl"
@@ -117,7 +140,7 @@ class Parts:
             config.rollout,
             dtype=config.trainer.dtype,
             context_length=config.model.context_length,
-            stop_token_ids=stop_token_ids(self.tokenizer, hf_config),
+            stop_token_ids=stop_token_ids(self.tokenizer, config.model.path),
             num_threads=self.run.num_threads,
             log_path=self.run.dir / "logs" / f"engine_{self.run.rank}.log",
             timeout_s=config.swap.timeout_s,
@@ -137,17 +160,30 @@ class Parts:
             return
         config, seed = self.run.config, self.run.config.seed
         self.num_generated -= num_tokens(groups)
-        for group in generate_groups(
+        generated = generate_groups(
             self.engine,
             groups,
             config=config.rollout,
             context_length=config.model.context_length,
-            seed_of=lambda prompt_id, sample, segment: sample_seed(seed, step, prompt_id, sample, segment),
+            seed_of=lambda group, sample, segment: sample_seed(seed, step, group, sample, segment),
             token_budget=token_budget,
             temperature=temperature,
-        ):
+            on_death=self._replace_engine if temperature is None else None,
+        )
+        for num_ended, group in enumerate(generated, start=1):
             self.num_generated += num_tokens([group])
+            self.run.log.progress("rollout" if temperature is None else "evaluate", num_ended, len(groups))
             yield group
+        self._num_deaths = 0 if self.engine.policy_version == step else self._num_deaths
+
+    def _replace_engine(self, error: EngineDiedError) -> None:
+        """Start another engine, which the next swap fills; give up when one after the other dies."""
+        self._num_deaths += 1
+        if self.engine is None or self._num_deaths > MAX_ENGINE_DEATHS:
+            raise error
+        self.run.log.event("engine died", rank=self.run.rank, error=str(error))
+        print(f"rank {self.run.rank}: {error}\nIt is replaced, and what it was generating is generated again.", flush=True)
+        self.engine.restart()
 
     def begin_updates(self, step: int) -> None:
         """The iteration's learning rate, and the fresh optimizer that the paper asks for."""
@@ -173,7 +209,7 @@ class Parts:
 
     def resume(self) -> bool:
         """Go back to the newest checkpoint, if there is one. A collective. Returns whether there was."""
-        found = load_latest(self._checkpoints, self.trainer.sharded_state_dict(is_loading=True))
+        found = load_latest(self._checkpoints, functools.partial(self.trainer.sharded_state_dict, is_loading=True))
         if found is None:
             step = 0
         else:

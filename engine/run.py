@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,11 @@ from tandem.engine.hardware import describe_hardware, explain
 from tandem.engine.log import RunLog
 from tandem.engine.rollout.budget import new_group
 from tandem.engine.types import Group, Prompt
+
+
+def launched_rank() -> int:
+    """The rank that torchrun gave this process; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager
@@ -43,7 +49,7 @@ class Run:
         self.config = config
         self._owns_process_group = not dist.is_initialized()
         if self._owns_process_group:  # by torchrun, or one process alone
-            self.rank, self.num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+            self.rank, self.num_ranks = launched_rank(), int(os.environ.get("WORLD_SIZE", "1"))
             self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
             self.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         else:  # by a caller that forked the ranks, all on this machine
@@ -57,6 +63,9 @@ class Run:
         )
         self.is_leader = self.rank % config.rollout.tp == 0
         self.leaders = tuple(range(0, self.num_ranks, config.rollout.tp))
+        budget = config.rollout.token_budget
+        rule = f"each of the {len(self.leaders)} rollout engines needs at least one token of it"
+        check(budget is None or budget >= len(self.leaders), "rollout.token_budget", budget, rule)
         self.dir = Path(config.run_dir or Path("runs") / config.name).absolute()
         self.hardware = describe_hardware(ranks_per_node=self.ranks_per_node)
         self.num_threads = max(1, self.hardware.num_cores // self.ranks_per_node)
@@ -68,20 +77,20 @@ class Run:
         if self.hardware.gpus:
             torch.cuda.set_device(self.local_rank)
         backend = "cpu:gloo,cuda:nccl" if self.hardware.gpus else "gloo"
+        timeout = timedelta(seconds=self.config.timeout_s)
         if not self._owns_process_group:
             pass
         elif "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(group, dist.ProcessGroup)
         self.control = group
         self.log = RunLog(self.dir, rank=self.rank, num_ranks=self.num_ranks, config=self.config.log, num_steps=self.config.steps)
         if self.rank == 0:
             for line in explain(self.hardware, self.config):
                 print(line, flush=True)
-            self._save_config()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -92,17 +101,27 @@ class Run:
         if self._owns_process_group:
             dist.destroy_process_group()
 
-    def _save_config(self) -> None:
-        """Write config.json; refuse to resume a run of another model, which its checkpoints cannot fit."""
-        path, config = self.dir / "config.json", json.loads(json.dumps(self.config.to_dict()))
-        if path.exists():
+    def save_config(self) -> None:
+        """Write config.json. A collective; refuses to go on with another run's checkpoints.
+
+        Raises: ValueError on all ranks if the folder holds a run of another model, seed or data.
+        """
+        path, config, problem = self.dir / "config.json", json.loads(json.dumps(self.config.to_dict())), ""
+        if self.rank == 0 and path.exists():
             before = json.loads(path.read_text())
-            if before["model"] != config["model"]:
-                raise ValueError(
-                    f"{self.dir} holds a run with model {before['model']}, and this one has {config['model']}; "
-                    "choose another --run-dir or delete the folder"
-                )
-        path.write_text(json.dumps(config, indent=1))
+            for name in ("model", "seed", "data"):
+                if before[name] != config[name] and not problem:
+                    problem = (
+                        f"{self.dir} holds a run with {name} {before[name]}, and this one has {config[name]}; "
+                        "choose another --run_dir or delete the folder"
+                    )
+        problem = self.gather(problem)[0]
+        if problem:
+            raise ValueError(problem)
+        if self.rank == 0:
+            unfinished = path.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(config, indent=1))
+            unfinished.replace(path)
 
     def steps(self) -> Iterator[int]:
         """The iterations still to do."""
@@ -139,20 +158,26 @@ class Run:
         A collective. The sampler lives on rank 0; prompts are dealt so that every leader ends with the same number of groups, or one more.
         """
         flights = self.gather([group.prompt.id for group in in_flight])
-        dealt: list[list[Prompt]] = [[] for _ in range(self.num_ranks)]
+        dealt: list[list[tuple[int, Prompt]]] = [[] for _ in range(self.num_ranks)]
         if sampler is not None:
             busy = {prompt_id for of_rank in flights for prompt_id in of_rank}
             num_missing = max(0, self.config.sampling.groups_in_flight - sum(map(len, flights)))
-            for prompt in sampler.draw(num_missing, step=step, exclude=busy):
+            first_serial = sampler.num_drawn
+            for serial, prompt in enumerate(sampler.draw(num_missing, step=step, exclude=busy), start=first_serial):
                 least = min(self.leaders, key=lambda rank: (len(flights[rank]) + len(dealt[rank]), rank))
-                dealt[least].append(prompt)
+                dealt[least].append((serial, prompt))
         box: list[Any] = [None]
         dist.scatter_object_list(box, dealt if self.rank == 0 else None, src=0, group=self.control)
-        return [new_group(prompt, self.config.sampling.num_samples, first_iteration=step) for prompt in box[0]]
+        num_samples = self.config.sampling.num_samples
+        return [new_group(prompt, num_samples, first_iteration=step, serial=serial) for serial, prompt in box[0]]
 
     def observe(self, sampler: PromptSampler | None, groups: Sequence[Group]) -> None:
-        """Tell rank 0's sampler the success rates of the groups just scored on all ranks. A collective."""
-        rates = self.gather([(group.prompt.id, group.success_rate) for group in groups])
+        """Tell rank 0's sampler the success rates of the groups just scored on all ranks. A collective.
+
+        A group that nobody could grade says nothing about its prompt.
+        """
+        graded = [group for group in groups if any(verdict.graded for verdict in group.verdicts)]
+        rates = self.gather([(group.prompt.id, group.success_rate) for group in graded])
         if sampler is not None:
             for prompt_id, rate in sorted(rate for of_rank in rates for rate in of_rank):
                 sampler.observe(prompt_id, rate)
@@ -168,7 +193,5 @@ class Run:
         return [pickle.loads(part.numpy().tobytes()) for part in received.split(num_received.tolist())]
 
     def resolve(self, **changes: Any) -> None:
-        """Replace top-level fields of the configuration by what was resolved at start-up, and save them."""
+        """Replace top-level fields of the configuration by what was settled at start-up, before `save_config`."""
         self.config = dataclasses.replace(self.config, **changes)
-        if self.rank == 0:
-            self._save_config()

@@ -19,6 +19,7 @@ def warm_start(run: Run, parts: Parts) -> None:
         for number, stage in enumerate(run.config.sft):
             _train_stage(run, parts, stage, number)
     parts.trainer.set_optimizer_config(run.config.trainer.optimizer)
+    parts.trainer.reset_optimizer()
     parts.save(step=0)
 
 

@@ -9,12 +9,17 @@ from tandem.engine.deal import DealtBatch
 from tandem.engine.run import Run
 from tandem.engine.types import Group, StopState, Tokenizer
 
-# Phases that are the work itself; the rest of a step is overhead. Held-out evaluation is neither.
+# Phases that are the work itself; the rest of a step is overhead, grading too, though the engine generates meanwhile. Held-out
+# evaluation is neither.
 COMPUTE_PHASES = ("rollout", "reference", "train")
 
 
 def finish_step(run: Run, parts: Parts, step: int, groups: Sequence[Group], batch: DealtBatch, stats: dict[str, float]) -> None:
-    """Write samples, checkpoint when due, and metrics. A collective."""
+    """Write samples and metrics, and the checkpoint when due. A collective.
+
+    The checkpoint comes last: a run that is killed before it does this step again, and one that is killed after it lacks no line.
+    Its time is booked on the next line.
+    """
     with run.log.phase("log"):
         if run.log.wants_rollouts(step):
             run.log.rollouts(step, rollout_rows(groups, batch, parts.tokenizer))
@@ -23,14 +28,14 @@ def finish_step(run: Run, parts: Parts, step: int, groups: Sequence[Group], batc
         metrics["rollout/new_tokens"] = run.sum(parts.num_generated)
         parts.num_generated = 0
         metrics["length_penalty/weight"] = run.config.length_penalty.weight_at(step)
-    parts.checkpoint_if_due(step + 1)
     seconds = run.log.phase_seconds()
     compute_s = sum(seconds.get(name, 0.0) for name in COMPUTE_PHASES)
     step_s = run.log.step_seconds() - seconds.get("evaluate", 0.0)
     metrics["overhead_fraction"] = 1.0 - compute_s / step_s
-    metrics["rollout/tokens_per_s"] = metrics["rollout/new_tokens"] / max(1e-9, seconds["rollout"])
+    metrics["rollout/tokens_per_s"] = metrics["rollout/new_tokens"] / max(1e-9, seconds["rollout"] + seconds.get("grade", 0.0))
     metrics["train/tokens_per_s"] = stats.get("tokens", 0) / max(1e-9, seconds["train"])
     run.log.metrics(step, metrics)
+    parts.checkpoint_if_due(step + 1)
 
 
 def rollout_stats(run: Run, groups: Sequence[Group], batch: DealtBatch, step: int) -> dict[str, float]:
@@ -53,7 +58,7 @@ def rollout_stats(run: Run, groups: Sequence[Group], batch: DealtBatch, step: in
             counts["tokens"] += response.num_tokens
             counts["stale"] += sum(len(segment.token_ids) for segment in response.segments if segment.policy_version != step)
             counts[f"stop_{response.stop}"] += 1
-            counts["resumed"] += len(response.segments) > 1
+            counts["resumed"] += len({segment.policy_version for segment in response.segments}) > 1
     longest = max(run.gather(max((r.num_tokens for g in groups for r in g.responses), default=0)))
     total: Counter[str] = Counter()
     for of_rank in run.gather(counts):

@@ -10,9 +10,10 @@ import sys
 from tandem.engine.build import build
 from tandem.engine.config import RunConfig
 from tandem.engine.deal import deal_updates
+from tandem.engine.errors import clear_errors
 from tandem.engine.evaluate import evaluate
 from tandem.engine.recipes.registry import parse_recipe
-from tandem.engine.run import Run
+from tandem.engine.run import Run, launched_rank
 from tandem.engine.sft import warm_start
 from tandem.engine.stats import finish_step
 
@@ -24,18 +25,20 @@ def train(config: RunConfig) -> None:
         sampler, buffer, phase = parts.sampler, parts.buffer, run.log.phase
         if not parts.resume():
             warm_start(run, parts)
+        run.log.begin_steps()
 
         for step in run.steps():
             buffer.begin_iteration(step)
             with weights.serving(policy_version=step):
                 held_out = evaluate(run, parts, step)
-                with phase("rollout"):
-                    while run.sum(buffer.num_scored) < config.replay.groups_per_update:
-                        groups = buffer.pop_partial()  # cut by the token budget last time
-                        groups += run.draw(sampler, groups, step=step)
-                        for group in parts.generate(groups, step, token_budget=run.share(config.rollout.token_budget)):
+            while run.sum(buffer.num_scored) < config.replay.groups_per_update:
+                with weights.serving(policy_version=step), phase("rollout"):  # moves nothing unless an engine was replaced
+                    groups = buffer.pop_partial()  # cut by the token budget last time
+                    groups += run.draw(sampler, groups, step=step)
+                    for group in parts.generate(groups, step, token_budget=run.share(config.rollout.token_budget)):
+                        with phase("grade"):  # while the engine goes on generating
                             if group.is_finished:
-                                buffer.push_scored([judge.score(group)])  # while the engine goes on generating
+                                buffer.push_scored([judge.score(group)])
                             else:
                                 buffer.push_partial([group])
             with phase("pack"):
@@ -56,7 +59,8 @@ def train(config: RunConfig) -> None:
 
 def main() -> None:
     """Entry point of `python -m tandem.engine.train RECIPE …`."""
-    train(parse_recipe(sys.argv[1:]))
+    with clear_errors(launched_rank()):
+        train(parse_recipe(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -99,6 +99,7 @@ class Group:
     responses: tuple[Response, ...]
     verdicts: tuple[Verdict, ...] = ()
     first_iteration: int = 0  # the iteration in which the prompt was drawn
+    serial: int = 0  # counts the groups of a run in the order drawn: tells two of one prompt apart
 
     @property
     def is_finished(self) -> bool:
@@ -134,6 +135,10 @@ class Completion:
     policy_version: int
 
 
+class EngineDiedError(RuntimeError):
+    """A rollout engine is gone. What it was generating is lost; `restart` makes another, which has no weights yet."""
+
+
 class RolloutEngine(Protocol):
     """Generates with the weights of one policy version. Token ids in, token ids and log-probs out."""
 
@@ -152,6 +157,10 @@ class RolloutEngine(Protocol):
 
     def abort(self, request_ids: Collection[str] | None = None) -> None:
         """End these running requests (all when None) with StopState.ABORTED and their partial tokens."""
+        ...
+
+    def restart(self) -> None:
+        """Replace an engine that died by one without weights (policy_version -1)."""
         ...
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """The loop itself, on real parts: Megatron-core ranks, the embedded engine, swaps, the replay buffer, and a task small enough to learn."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -36,6 +37,7 @@ from tandem.engine.config import (
     TrainerConfig,
 )
 from tandem.engine.log import read_metrics
+from tandem.engine.recipes.registry import parse_recipe
 from tandem.engine.report import write_report
 from tandem.engine.train import train
 from tests.ranks import run_ranks
@@ -98,10 +100,24 @@ def warm_started(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_dir(warm_started: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the warm start. Whatever becomes of a run, its engines are gone afterwards."""
     shutil.copytree(warm_started, tmp_path / "run")
-    shared_memory = set(os.listdir("/dev/shm"))
     yield tmp_path / "run"
-    assert set(os.listdir("/dev/shm")) <= shared_memory
+    deadline = time.monotonic() + 10
+    while (left := engines_running()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
+def engines_running() -> list[int]:
+    """Process ids of the rollout engines that tests started."""
+    found = subprocess.run(["pgrep", "-f", "tandem.engine.rollout.embedded_worker"], capture_output=True, text=True, check=False)
+    of_tests = []
+    for pid in found.stdout.split():
+        with contextlib.suppress(OSError):
+            if b"PYTEST_CURRENT_TEST" in Path(f"/proc/{pid}/environ").read_bytes():
+                of_tests.append(int(pid))
+    return of_tests
 
 
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -171,9 +187,10 @@ def test_a_killed_run_goes_on_bit_for_bit(warm_started: Path, tmp_path: Path) ->
 
 
 def test_responses_cut_by_the_budget_are_finished_in_later_iterations(run_dir: Path) -> None:
-    run_ranks(train, 2, small_toy(run_dir, steps=4, rollout=RolloutConfig(max_response_tokens=48, token_budget=1000)))
+    rollout, replay = RolloutConfig(max_response_tokens=48, token_budget=1001), ReplayConfig(groups_per_update=1)
+    run_ranks(train, 2, small_toy(run_dir, steps=4, rollout=rollout, replay=replay))
     steps = steps_of(run_dir)
-    assert steps[0]["rollout/new_tokens"] % 1000 == 0
+    assert all(line["rollout/new_tokens"] % 1001 == 0 for line in steps[:3])
     assert any(line["rollout/resumed"] > 0 for line in steps[1:])
     assert any(line["rollout/stale_tokens"] > 0 for line in steps[1:])
     assert any(line["rollout/iterations_waited"] > 0 for line in steps[1:])
@@ -189,16 +206,33 @@ def test_every_loss_variant_trains(run_dir: Path, variant: Any) -> None:
     assert line["train/grad_norm"] > 0
 
 
-def test_two_tensor_parallel_ranks_share_one_engine_and_agree_with_it(warm_started: Path, tmp_path: Path) -> None:
-    shutil.copytree(warm_started, tmp_path / "run")
+def test_two_tensor_parallel_ranks_share_one_engine_and_go_on_with_a_data_parallel_run(run_dir: Path) -> None:
     mesh, rollout = MeshConfig(tp=2, sequence_parallel=True), RolloutConfig(tp=2, max_response_tokens=48)
-    model = dataclasses.replace(small_toy(tmp_path).model, num_key_value_heads=2)
-    config = small_toy(tmp_path / "run", steps=1, mesh=mesh, rollout=rollout, model=model, sft=())
+    run_ranks(train, 2, small_toy(run_dir, steps=2, mesh=mesh, rollout=rollout))
+    steps = steps_of(run_dir)
+    assert [line["rollout/num_responses"] for line in steps] == [24 * 8] * 2
+    assert max(line["train/logprob_diff_max"] for line in steps) < 1e-5
+
+
+def test_layers_that_the_stages_do_not_divide_end_the_run_before_it_starts(run_dir: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"mesh.pp=2 x mesh.vpp=1 does not divide the model's num_hidden_layers=3"):
+        run_ranks(train, 2, small_toy(run_dir, mesh=MeshConfig(pp=2)))
+
+
+def test_two_pipeline_stages_train_what_both_leaders_generate(tmp_path: Path) -> None:
+    model = dataclasses.replace(small_toy(tmp_path).model, num_layers=2)
+    (stage,) = small_toy(tmp_path).sft
+    config = small_toy(tmp_path / "run", steps=2, mesh=MeshConfig(pp=2), model=model, sft=(dataclasses.replace(stage, steps=80),))
+    run_ranks(train, 2, config)
+    steps = steps_of(tmp_path / "run")
+    assert all(line["train/tokens"] > 0 for line in steps)
+    assert max(line["train/logprob_diff_max"] for line in steps) < 1e-5
+
+
+def test_a_run_of_another_model_is_not_resumed(run_dir: Path) -> None:
+    model = dataclasses.replace(small_toy(run_dir).model, num_key_value_heads=2)
     with pytest.raises(RuntimeError, match="holds a run with model"):
-        run_ranks(train, 2, config)
-    run_ranks(train, 2, dataclasses.replace(config, run_dir=str(tmp_path / "other")))
-    (line,) = steps_of(tmp_path / "other")
-    assert line["train/logprob_diff_max"] < 1e-5
+        run_ranks(train, 1, small_toy(run_dir, model=model))
 
 
 def test_weights_that_do_not_change_keep_the_engines_apart_by_the_same_little(run_dir: Path) -> None:
@@ -215,35 +249,65 @@ def test_one_response_per_prompt_has_no_signal_and_changes_nothing(run_dir: Path
     (line,) = steps_of(run_dir)
     assert line["rollout/num_responses"] == 24
     assert "train/loss" not in line
-    assert len(before) == len(weights_of(run_dir, 1))
+    assert weights_of(run_dir, 1) == before
 
 
 def test_a_prompts_file_of_the_users_own_takes_the_tasks_place(run_dir: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "own.jsonl"
     questions = [f"Ann has {i} apples and buys {i + 2} more. How many has she?" for i in range(12)]
     prompts.write_text("".join(json.dumps({"question": q, "answer": f"… #### {2 * i + 2}"}) + "\n" for i, q in enumerate(questions)))
-    model = dataclasses.replace(small_toy(tmp_path).model, context_length=160)
-    config = small_toy(tmp_path / "own", steps=1, model=model, data=DataConfig(prompts=str(prompts)), sft=())
+    config = small_toy(tmp_path / "own", steps=1, data=DataConfig(prompts=str(prompts)), sft=())
     config = dataclasses.replace(config, sampling=SamplingConfig(groups_in_flight=8, num_samples=2))
     run_ranks(train, 2, config)
     (line,) = steps_of(tmp_path / "own")
     assert line["rollout/num_responses"] == 16
+    # The context grows to what the longest of them needs.
+    longest = max(len(q.encode()) for q in questions) + 1
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["model"]["context_length"] == longest + 48
     assert "eval/pass_at_1" not in line  # the task's test set says nothing about these
 
 
-def test_gsm8k_loads_and_runs(tmp_path: Path) -> None:
+def test_groups_of_one_prompt_are_different_samples(tmp_path: Path) -> None:
+    prompts = tmp_path / "few.jsonl"
+    prompts.write_text("".join(json.dumps({"question": f"{i}+2+3?", "answer": "0", "domain": "arithmetic"}) + "\n" for i in range(3)))
+    own = tmp_path / "own"
+    config = small_toy(own, steps=1, data=DataConfig(prompts=str(prompts)), sampling=SamplingConfig(groups_in_flight=9, num_samples=8))
+    run_ranks(train, 2, dataclasses.replace(config, sft=(), log=LogConfig(tensorboard=False, progress=False)))
+    rows = [row for rank in (0, 1) for row in pq.read_table(own / "rollouts" / f"step_00000_rank_{rank}.parquet").to_pylist()]
+    assert len(rows) == 9 * 8
+    # An untrained model's long responses: none comes twice.
+    long_ones = [row["response"] for row in rows if row["num_tokens"] == 48]
+    assert len(long_ones) > 20
+    assert len(set(long_ones)) == len(long_ones)
+
+
+def test_gsm8k_takes_the_toys_place_by_one_option(tmp_path: Path) -> None:
     if not GSM8K.is_file():
         pytest.skip(f"{GSM8K} is not there")
-    model = dataclasses.replace(small_toy(tmp_path).model, context_length=1100)
-    config = small_toy(tmp_path / "gsm8k", steps=2, model=model, data=DataConfig(prompts=str(GSM8K)), sft=())
-    config = dataclasses.replace(
-        config,
-        sampling=SamplingConfig(groups_in_flight=8, num_samples=2),
-        length_penalty=LengthPenaltyConfig(weight=0.5),
-        replay=ReplayConfig(groups_per_update=4),
-    )
-    run_ranks(train, 2, config)
-    assert len(steps_of(tmp_path / "gsm8k")) == 2
+    options = ["--data.prompts", str(GSM8K), "--run_dir", str(tmp_path / "gsm8k"), "--steps", "2", "--sft.0.steps", "2"]
+    small = ["--sampling.groups_in_flight", "8", "--sampling.num_samples", "2", "--replay.groups_per_update", "4"]
+    config = parse_recipe(["toy_cpu", *options, *small])
+    run_ranks(train, 2, dataclasses.replace(config, length_penalty=LengthPenaltyConfig(weight=0.5)))
+    steps = steps_of(tmp_path / "gsm8k")
+    assert len(steps) == 2
+    assert all(line["rollout/num_responses"] >= 8 for line in steps)
+
+
+def test_a_killed_engine_is_replaced_and_its_responses_are_generated_again(run_dir: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        run_ranks(train, 2, small_toy(run_dir, steps=6))
+        os._exit(0)
+    deadline = time.monotonic() + 60
+    for step in (0, 2):
+        while not any(line["step"] == step for line in steps_of(run_dir)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(engines_running()[0], signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0
+    assert [line["step"] for line in steps_of(run_dir)] == list(range(6))
+    assert max(line["train/logprob_diff_max"] for line in steps_of(run_dir)) < 1e-5
 
 
 def test_a_model_folder_of_the_users_own_is_trained_without_a_warm_start(run_dir: Path, tmp_path: Path) -> None:
@@ -254,9 +318,7 @@ def test_a_model_folder_of_the_users_own_is_trained_without_a_warm_start(run_dir
     run_ranks(train, 2, small_toy(own, steps=1, model=model))
     (line,) = steps_of(own)
     assert not [line for line in read_metrics(own) if line["step"] == -1]
-    evaluations = [
-        next(line["eval/pass_at_1"] for line in read_metrics(folder) if "eval/pass_at_1" in line) for folder in (own, run_dir)
-    ]
+    evaluations = [next(line["eval/pass_at_1"] for line in read_metrics(folder) if "eval/pass_at_1" in line) for folder in (own, run_dir)]
     assert evaluations[0] == evaluations[1]  # the same weights before the first update
     assert json.loads((own / "config.json").read_text())["sft"] == []
     assert line["train/logprob_diff_mean"] < 1e-6

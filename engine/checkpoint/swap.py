@@ -105,7 +105,6 @@ class WeightSwap:
             dist.get_process_group_ranks(control_group),
             timeout=timedelta(seconds=_AGREE_FACTOR * config.timeout_s),
             backend="gloo",
-            use_local_synchronization=True,
         )  # pyright: ignore[reportAttributeAccessIssue]
         self._rank, self._num_ranks = self._group.rank(), self._group.size()
         self._names = NameMap(source.hf_config)

@@ -27,6 +27,7 @@ def group_to_bytes(group: Group) -> bytes:
         ],
         "verdicts": [_fields(verdict) for verdict in group.verdicts],
         "first_iteration": group.first_iteration,
+        "serial": group.serial,
     }
     encoded = json.dumps(header, ensure_ascii=False).encode("utf-8", "surrogatepass")
     token_ids = [token for segment in segments for token in segment.token_ids]
@@ -66,6 +67,7 @@ def group_from_bytes(payload: bytes) -> Group:
         responses=tuple(responses),
         verdicts=tuple(Verdict(**verdict) for verdict in header["verdicts"]),
         first_iteration=header["first_iteration"],
+        serial=header["serial"],
     )
 
 

@@ -37,6 +37,7 @@ class PromptSampler:
         self._success = np.zeros(len(prompts))
         self._seen = np.zeros(len(prompts), dtype=np.bool_)
         self._num_draws = 0
+        self.num_drawn = 0  # prompts, over all draws of the run
 
     def draw(self, n: int, *, step: int, exclude: Collection[str] = ()) -> list[Prompt]:
         """`n` prompts for iteration `step`.
@@ -48,6 +49,7 @@ class PromptSampler:
         """
         generator = np.random.default_rng([self._seed, self._num_draws])
         self._num_draws += 1
+        self.num_drawn += n
         candidates = self._allowed(step, exclude)
         drawn: list[int] = []
         while len(drawn) < n:
@@ -87,6 +89,7 @@ class PromptSampler:
             "prompts": self._fingerprint(),
             "seed": self._seed,
             "num_draws": self._num_draws,
+            "num_drawn": self.num_drawn,
             "seen": seen.tolist(),
             "success_rates": self._success[seen].tolist(),
         }
@@ -99,7 +102,7 @@ class PromptSampler:
             )
         if state["seed"] != self._seed:
             raise ValueError(f"the saved sampler state has seed {state['seed']}, this run has {self._seed}; resume with the same seed")
-        self._num_draws = state["num_draws"]
+        self._num_draws, self.num_drawn = state["num_draws"], state["num_drawn"]
         self._seen[:] = False
         self._success[:] = 0
         self._seen[state["seen"]] = True

@@ -9,19 +9,20 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
 from tandem.engine.config import RolloutConfig
-from tandem.engine.types import Completion, GenerationRequest, Group, Prompt, Response, RolloutEngine, Segment, StopState
+from tandem.engine.types import Completion, EngineDiedError, GenerationRequest, Group, Prompt, Response, RolloutEngine, Segment, StopState
 
-SeedOf = Callable[[str, int, int], int]
+SeedOf = Callable[[Group, int, int], int]
 
 
-def new_group(prompt: Prompt, num_samples: int, *, first_iteration: int = 0) -> Group:
+def new_group(prompt: Prompt, num_samples: int, *, first_iteration: int = 0, serial: int = 0) -> Group:
     """A group whose `num_samples` responses are yet to be generated."""
-    return Group(prompt=prompt, responses=tuple(Response(sample=i) for i in range(num_samples)), first_iteration=first_iteration)
+    responses = tuple(Response(sample=i) for i in range(num_samples))
+    return Group(prompt=prompt, responses=responses, first_iteration=first_iteration, serial=serial)
 
 
-def sample_seed(run_seed: int, iteration: int, prompt_id: str, sample: int, segment: int) -> int:
-    """63 bits that differ for every segment of every sample of a run; a pure function."""
-    text = "\0".join((str(run_seed), str(iteration), prompt_id, str(sample), str(segment)))
+def sample_seed(run_seed: int, iteration: int, group: Group, sample: int, segment: int) -> int:
+    """63 bits that differ for every segment of every sample of every group of a run; a pure function."""
+    text = "\0".join((str(run_seed), str(iteration), group.prompt.id, str(group.serial), str(sample), str(segment)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -34,15 +35,18 @@ def generate_groups(
     seed_of: SeedOf,
     token_budget: int | None,
     temperature: float | None = None,
+    on_death: Callable[[EngineDiedError], None] | None = None,
 ) -> Iterator[Group]:
     """Continue every response that is not final, until all are or the budget runs out.
 
     Args:
         groups: fresh ones (see `new_group`) and ones cut by an earlier phase. Their order is the engine's schedule.
         context_length: most tokens of prompt plus response.
-        seed_of: (prompt id, sample, index of the segment that is generated now) → 63-bit seed.
+        seed_of: (group, sample, index of the segment that is generated now) → 63-bit seed.
         token_budget: new tokens over all groups; None: no limit.
         temperature: instead of the engine's; 0 is greedy (evaluation).
+        on_death: called when the engine dies; if it returns, the responses that were running are yielded as they came, to be generated
+            again. None: the error is raised.
     Yields: each group as soon as all its responses are final, then those that were cut, in their order. Tokens of this
         phase are a new segment with the engine's policy version; a response that got none keeps its segments.
     Raises: ValueError naming the prompt whose group is empty, or that leaves no room for a response in the context.
@@ -53,7 +57,7 @@ def generate_groups(
         if len(group.prompt.token_ids) >= context_length:
             length = len(group.prompt.token_ids)
             raise ValueError(f"prompt {group.prompt.id!r} has {length} tokens; a context of {context_length} leaves none for a response")
-    return _generate_groups(engine, groups, config.max_response_tokens, context_length, seed_of, token_budget, temperature)
+    return _generate_groups(engine, groups, config.max_response_tokens, context_length, seed_of, token_budget, temperature, on_death)
 
 
 def _generate_groups(
@@ -64,6 +68,7 @@ def _generate_groups(
     seed_of: SeedOf,
     token_budget: int | None,
     temperature: float | None,
+    on_death: Callable[[EngineDiedError], None] | None,
 ) -> Iterator[Group]:
     responses = [list(group.responses) for group in groups]
     num_waiting = [0] * len(groups)
@@ -86,7 +91,7 @@ def _generate_groups(
                     token_ids=group.prompt.token_ids + response.token_ids,
                     num_prefix_tokens=response.num_tokens,
                     max_new_tokens=longest - response.num_tokens,
-                    seed=seed_of(group.prompt.id, response.sample, len(response.segments)),
+                    seed=seed_of(group, response.sample, len(response.segments)),
                     temperature=temperature,
                 )
             )
@@ -96,13 +101,18 @@ def _generate_groups(
 
     yield from (merged(g) for g in range(len(groups)) if not num_waiting[g])
     unfinished = {g for g in range(len(groups)) if num_waiting[g]}
-    with contextlib.closing(engine.generate(requests, token_budget=token_budget)) as completions:
-        for completion in completions:
-            g, i = place[completion.request_id]
-            responses[g][i] = _extended(responses[g][i], completion)
-            if all(response.stop.is_final for response in responses[g]):
-                unfinished.remove(g)
-                yield merged(g)
+    try:
+        with contextlib.closing(engine.generate(requests, token_budget=token_budget)) as completions:
+            for completion in completions:
+                g, i = place[completion.request_id]
+                responses[g][i] = _extended(responses[g][i], completion)
+                if all(response.stop.is_final for response in responses[g]):
+                    unfinished.remove(g)
+                    yield merged(g)
+    except EngineDiedError as error:
+        if on_death is None:
+            raise
+        on_death(error)
     yield from (merged(g) for g in sorted(unfinished))
 
 

@@ -22,7 +22,7 @@ import torch
 
 from tandem.engine.config import RolloutConfig
 from tandem.engine.rollout.architecture import Architecture, WorkerSetup
-from tandem.engine.types import BucketEntry, Completion, GenerationRequest, TensorMeta
+from tandem.engine.types import BucketEntry, Completion, EngineDiedError, GenerationRequest, TensorMeta
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LOG_TAIL_BYTES = 3000
@@ -288,14 +288,14 @@ class EmbeddedEngine:
             raise self._died()
         return message
 
-    def _died(self) -> RuntimeError:
+    def _died(self) -> EngineDiedError:
         self._generating = False
         self._policy_version = -1
         try:
             status = f"exit status {self._process.wait(_CLOSE_TIMEOUT_S)}"
         except subprocess.TimeoutExpired:
             status = "its socket closed"
-        return RuntimeError(f"{self._name()} died ({status}); call restart() and send the weights again\n{self._log_tail()}")
+        return EngineDiedError(f"{self._name()} died ({status}); call restart() and send the weights again\n{self._log_tail()}")
 
     def _name(self) -> str:
         return f"embedded rollout engine (process {self._process.pid})"
