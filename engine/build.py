@@ -185,6 +185,12 @@ class Parts:
         print(f"rank {self.run.rank}: {error}\nIt is replaced, and what it was generating is generated again.", flush=True)
         self.engine.restart()
 
+    def begin_iteration(self, step: int) -> None:
+        """Stamp what the buffer gets with this iteration, and replace an engine that died while it was idle."""
+        self.buffer.begin_iteration(step)
+        if self.engine is not None and not self.engine.is_alive:
+            self._replace_engine(EngineDiedError("the rollout engine died between two phases"))
+
     def begin_updates(self, step: int) -> None:
         """The iteration's learning rate, and the fresh optimizer that the paper asks for."""
         config = self.run.config.trainer

@@ -28,7 +28,7 @@ def train(config: RunConfig) -> None:
         run.log.begin_steps()
 
         for step in run.steps():
-            buffer.begin_iteration(step)
+            parts.begin_iteration(step)
             with weights.serving(policy_version=step):
                 held_out = evaluate(run, parts, step)
             while run.sum(buffer.num_scored) < config.replay.groups_per_update:

@@ -159,6 +159,11 @@ class RolloutEngine(Protocol):
         """End these running requests (all when None) with StopState.ABORTED and their partial tokens."""
         ...
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's process runs."""
+        ...
+
     def restart(self) -> None:
         """Replace an engine that died by one without weights (policy_version -1)."""
         ...

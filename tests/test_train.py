@@ -72,7 +72,7 @@ def small_toy(run_dir: Path, **changes: Any) -> RunConfig:
         data=DataConfig(task=TASK),
         sft=(
             SFTStage(
-                steps=400,
+                steps=200,
                 batch_tokens=1024,
                 max_tokens=64,
                 optimizer=OptimizerConfig(lr=3e-3, warmup_steps=20, decay_style="linear", decay_start=0.4),
@@ -187,10 +187,10 @@ def test_a_killed_run_goes_on_bit_for_bit(warm_started: Path, tmp_path: Path) ->
 
 
 def test_responses_cut_by_the_budget_are_finished_in_later_iterations(run_dir: Path) -> None:
-    rollout, replay = RolloutConfig(max_response_tokens=48, token_budget=1001), ReplayConfig(groups_per_update=1)
+    rollout, replay = RolloutConfig(max_response_tokens=48, token_budget=601), ReplayConfig(groups_per_update=1)
     run_ranks(train, 2, small_toy(run_dir, steps=4, rollout=rollout, replay=replay))
     steps = steps_of(run_dir)
-    assert all(line["rollout/new_tokens"] % 1001 == 0 for line in steps[:3])
+    assert all(line["rollout/new_tokens"] % 601 == 0 for line in steps[:3])
     assert any(line["rollout/resumed"] > 0 for line in steps[1:])
     assert any(line["rollout/stale_tokens"] > 0 for line in steps[1:])
     assert any(line["rollout/iterations_waited"] > 0 for line in steps[1:])

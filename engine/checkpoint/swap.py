@@ -13,13 +13,12 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tandem.engine.checkpoint.agreement import Agreement, Failure, raise_all
 from tandem.engine.checkpoint.names import HFView, NameMap
 from tandem.engine.checkpoint.plan import Plan, Region, make_plan
 from tandem.engine.checkpoint.transport import CHECKSUMMED, FAILED, LOADED, NUM_SLOTS, WRITTEN, PeerFailed, SharedBuckets
@@ -47,18 +46,6 @@ class SwapStats:
     @property
     def gigabytes_per_s(self) -> float:
         return self.num_bytes / self.duration_s / 1e9
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """Why the swap failed on a rank."""
-
-    rank: int
-    where: str  # "bucket 3 of 8, tensor x", or the step
-    reason: str
-
-    def __str__(self) -> str:
-        return f"rank {self.rank}, {self.where}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +87,8 @@ class WeightSwap:
         self._source, self._sink, self._config, self._dtype = source, sink, config, dtype
         self._log = log
         self._node = _node_name() if node is None else node
-        # A group of its own: its deadline is the swap's, and its messages meet no others.
-        self._group: dist.ProcessGroup = dist.new_group(
-            dist.get_process_group_ranks(control_group),
-            timeout=timedelta(seconds=_AGREE_FACTOR * config.timeout_s),
-            backend="gloo",
-        )  # pyright: ignore[reportAttributeAccessIssue]
-        self._rank, self._num_ranks = self._group.rank(), self._group.size()
+        self._agreement = Agreement(control_group, timeout_s=_AGREE_FACTOR * config.timeout_s, who_is_lost=self._check_peers)
+        self._rank = self._agreement.rank
         self._names = NameMap(source.hf_config)
         self._setup: _Setup | None = None
         self._work: list[BucketWork] = []
@@ -127,7 +109,7 @@ class WeightSwap:
             is named too; the others then have the new version, and the next `serving` starts with a transfer to all.)
         """
         behind = self._sink is not None and self._sink.policy_version != policy_version
-        needed, highest, lowest = self._reduce_max("enter the serving phase", int(behind), policy_version, -policy_version)
+        needed, highest, lowest = self._agreement.reduce_max("enter the serving phase", int(behind), policy_version, -policy_version)
         if highest != -lowest:
             raise ValueError(
                 f"ranks entered the serving phase with policy versions {-lowest} to {highest}; rank {self._rank} with {policy_version}"
@@ -153,7 +135,7 @@ class WeightSwap:
         if self._setup is None:
             self._setup = self._make_setup()
         setup = self._setup
-        failures: list[_Failure] = []
+        failures: list[Failure] = []
         try:
             self._refresh_work(setup)
         except ValueError as error:
@@ -185,8 +167,8 @@ class WeightSwap:
         """Gather all layouts, plan, and open the node's memory. Every rank raises if one cannot."""
         views, tensors, error = self._local_views()
         holdings: list[tuple[str, Region]] = [(view.name, view.region) for view in views]
-        facts = self._gather("plan the swap", (holdings, self._node, self._sink is not None, os.getpid(), error))
-        self._raise_all([_Failure(rank, "planning", fact[4]) for rank, fact in enumerate(facts) if fact[4]])
+        facts = self._agreement.gather("plan the swap", (holdings, self._node, self._sink is not None, os.getpid(), error))
+        raise_all([Failure(rank, "planning", fact[4]) for rank, fact in enumerate(facts) if fact[4]])
         nodes = [fact[1] for fact in facts]
         leaders = [rank for rank, fact in enumerate(facts) if fact[2]]
         if not leaders:
@@ -203,15 +185,15 @@ class WeightSwap:
                 buckets = SharedBuckets(*sizes)
             except OSError as cause:
                 error = f"cannot create shared memory: {cause}"
-        handles = self._gather("create shared memory", (buckets.handle if buckets is not None else None, error))
-        self._raise_all([_Failure(rank, "setting up", fact[1]) for rank, fact in enumerate(handles) if fact[1]])
+        handles = self._agreement.gather("create shared memory", (buckets.handle if buckets is not None else None, error))
+        raise_all([Failure(rank, "setting up", fact[1]) for rank, fact in enumerate(handles) if fact[1]])
         if node_leaders and buckets is None:
             try:
                 buckets = SharedBuckets(*sizes, handle=handles[node_ranks[0]][0])
             except OSError as cause:
                 error = f"cannot open the shared memory of rank {node_ranks[0]}: {cause}"
-        errors = self._gather("open shared memory", error)
-        self._raise_all([_Failure(rank, "setting up", text) for rank, text in enumerate(errors) if text])
+        errors = self._agreement.gather("open shared memory", error)
+        raise_all([Failure(rank, "setting up", text) for rank, text in enumerate(errors) if text])
         return _Setup(tensors, plan, len(leaders), self._node, node_ranks, node_leaders, buckets)
 
     def _local_views(self) -> tuple[list[HFView], list[TensorMeta], str]:
@@ -246,13 +228,13 @@ class WeightSwap:
         ticket, timeout_s = self._ticket(setup, bucket), self._config.timeout_s
         setup.buckets.wait(ranks, counter, ticket, swap=self._num_swaps, timeout_s=timeout_s, waited_for=f"{waited_for} bucket {bucket}")
 
-    def _write(self, setup: _Setup, failures: list[_Failure]) -> None:
+    def _write(self, setup: _Setup, failures: list[Failure]) -> None:
         """This rank's part of every bucket. After a failure it only sends what ranks of other nodes wait for."""
         shared = setup.buckets
         for bucket, work in enumerate(self._work):
             where = f"bucket {bucket} of {len(self._work)}"
             try:
-                work.exchange(self._group, self._config.timeout_s)
+                work.exchange(self._agreement.group, self._config.timeout_s)
             except Exception as error:  # whatever it is, all ranks must roll back
                 self._fail(setup, failures, where, error)
             try:
@@ -271,17 +253,17 @@ class WeightSwap:
                         entry.checksum(shared)
                 shared.publish(self._rank, CHECKSUMMED, self._ticket(setup, bucket))
             except PeerFailed:
-                failures.append(_Failure(self._rank, where, ""))
+                failures.append(Failure(self._rank, where, ""))
             except Exception as error:  # whatever it is, all ranks must roll back
                 self._fail(setup, failures, where, error)
 
-    def _start_loader(self, setup: _Setup, policy_version: int, failures: list[_Failure]) -> None:
+    def _start_loader(self, setup: _Setup, policy_version: int, failures: list[Failure]) -> None:
         if self._sink is not None:
             arguments = (setup, self._sink, policy_version, failures)
             self._loader = threading.Thread(target=self._load, args=arguments, name="weight-swap", daemon=True)
             self._loader.start()
 
-    def _load(self, setup: _Setup, sink: WeightSink, policy_version: int, failures: list[_Failure]) -> None:
+    def _load(self, setup: _Setup, sink: WeightSink, policy_version: int, failures: list[Failure]) -> None:
         """The engine's side of every bucket, in a thread beside the writing."""
         shared, num_buckets = setup.buckets, len(setup.plan.buckets)
         assert shared is not None
@@ -320,11 +302,11 @@ class WeightSwap:
                 load.wait()
                 shared.publish(self._rank, LOADED, self._ticket(setup, number))
         except PeerFailed:
-            failures.append(_Failure(self._rank, where, ""))
+            failures.append(Failure(self._rank, where, ""))
         except Exception as error:  # whatever it is, all ranks must roll back
             self._fail(setup, failures, f"{where}{_which_tensor(entries, str(error))}", error)
 
-    def _join_loader(self, setup: _Setup, failures: list[_Failure]) -> None:
+    def _join_loader(self, setup: _Setup, failures: list[Failure]) -> None:
         if self._loader is None:
             return
         self._loader.join(self._config.timeout_s)
@@ -338,26 +320,26 @@ class WeightSwap:
 
     # ---- agreement
 
-    def _fail(self, setup: _Setup, failures: list[_Failure], where: str, error: Exception) -> None:
+    def _fail(self, setup: _Setup, failures: list[Failure], where: str, error: Exception) -> None:
         """Note a failure and let this node's ranks see it."""
         failures.append(
-            _Failure(self._rank, where, f"{error}" if isinstance(error, WeightTransferError) else f"{type(error).__name__}: {error}")
+            Failure(self._rank, where, f"{error}" if isinstance(error, WeightTransferError) else f"{type(error).__name__}: {error}")
         )
         if setup.buckets is not None:
             setup.buckets.publish(self._rank, FAILED, self._num_swaps)
 
-    def _agree(self, setup: _Setup, failures: list[_Failure], step: str) -> None:
+    def _agree(self, setup: _Setup, failures: list[Failure], step: str) -> None:
         """Return if no rank failed; otherwise roll back and raise the same error on every rank."""
         try:
-            (failed,) = self._reduce_max(step, int(bool(failures)))
+            (failed,) = self._agreement.reduce_max(step, int(bool(failures)))
             if not failed:
                 return
         except WeightTransferError:
             self._rollback()
             raise
         self._rollback()
-        everyone = self._gather("tell why the swap failed", failures)
-        self._raise_all([failure for of_rank in everyone for failure in of_rank if failure.reason])
+        everyone = self._agreement.gather("tell why the swap failed", failures)
+        raise_all([failure for of_rank in everyone for failure in of_rank if failure.reason])
 
     def _rollback(self) -> None:
         """Let the engine forget the transaction. One that does not answer, or died, has nothing to forget."""
@@ -365,37 +347,9 @@ class WeightSwap:
             with suppress(Exception):
                 self._sink.rollback()
 
-    def _raise_all(self, failures: list[_Failure]) -> None:
-        if failures:
-            raise WeightTransferError("weight swap rolled back on all ranks: " + "; ".join(map(str, failures)))
-
-    def _reduce_max(self, step: str, *values: int) -> list[int]:
-        """The largest of each value over all ranks."""
-        tensor = torch.tensor(values, dtype=torch.int64)
-        try:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
-        except RuntimeError as error:
-            raise self._lost(step, error) from error
-        return tensor.tolist()
-
-    def _gather(self, step: str, value: Any) -> list[Any]:
-        """What every rank gives, in the order of the ranks."""
-        values: list[Any] = [None] * self._num_ranks
-        try:
-            dist.all_gather_object(values, value, group=self._group)
-        except RuntimeError as error:
-            raise self._lost(step, error) from error
-        return values
-
-    def _lost(self, step: str, error: RuntimeError) -> WeightTransferError:
-        """The error of a collective that a rank did not come to."""
-        who = f"a rank was not there to {step}"
+    def _check_peers(self) -> None:
         if self._setup is not None and self._setup.buckets is not None:
-            try:
-                self._setup.buckets.check_peers()
-            except RuntimeError as lost:
-                who = f"{lost}; it was not there to {step}"
-        return WeightTransferError(f"weight swap rolled back on rank {self._rank}: {who} ({error})")
+            self._setup.buckets.check_peers()
 
 
 def _which_tensor(entries: list[BucketEntry], message: str) -> str:

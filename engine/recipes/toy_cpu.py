@@ -23,13 +23,14 @@ def toy_cpu() -> RunConfig:
     """Chained arithmetic on two CPU cores, in minutes."""
     return RunConfig(
         name="toy_cpu",
-        steps=48,
+        steps=36,
         model=ModelConfig(context_length=160),
         data=DataConfig(
             task=ArithmeticTask(
                 modulus=10,
                 max_operations=5,
                 direct_probability=(0.1, 0.3, 0.6, 0.6),
+                verbose_share=0.75,
                 slip_probability=0.5,
             ),
         ),
@@ -42,10 +43,10 @@ def toy_cpu() -> RunConfig:
             ),
         ),
         sampling=SamplingConfig(groups_in_flight=96, num_samples=8, curriculum_steps=6),
-        rollout=RolloutConfig(max_response_tokens=112, token_budget=40_000, repetition=RepetitionConfig(ngram=0)),
+        rollout=RolloutConfig(max_response_tokens=112, token_budget=26_000, repetition=RepetitionConfig(ngram=0)),
         replay=ReplayConfig(groups_per_update=48),
         loss=LossConfig(tau=0.1, scale=0.1),
-        length_penalty=LengthPenaltyConfig(weight=0.5, start_step=26, warmup_steps=4),
+        length_penalty=LengthPenaltyConfig(weight=0.5, start_step=18, warmup_steps=4),
         trainer=TrainerConfig(
             microbatch_tokens=4096,
             updates_per_iteration=4,

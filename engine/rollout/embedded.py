@@ -119,6 +119,11 @@ class EmbeddedEngine:
         return self._policy_version
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the child runs."""
+        return self._process.poll() is None
+
+    @property
     def pid(self) -> int:
         """The child's process id."""
         return self._process.pid

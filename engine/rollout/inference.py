@@ -131,7 +131,7 @@ class InferenceModel:
         """Tokens are packed for the matrix products and padded (at the end) for the causal attention."""
         a = self.architecture
         lengths = np.array([len(sequence) for sequence in sequences])
-        num_sequences, longest = len(sequences), int(lengths.max())
+        num_sequences, longest = len(sequences), max(MIN_KEYS, int(lengths.max()))
         positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
         sequence = torch.from_numpy(np.repeat(np.arange(num_sequences), lengths))
         padded = sequence * longest + positions  # where a packed token lies in [sequences * S]
