@@ -1,13 +1,15 @@
 """Groups go through any number of phases; only what is not final is generated, and nothing generated is lost."""
 
+import dataclasses
 from collections.abc import Collection, Generator, Sequence
+from typing import Any
 
 import pytest
 
 from tandem.engine.config import RepetitionConfig, RolloutConfig
 from tandem.engine.rollout.budget import generate_groups, new_group, sample_seed
 from tandem.engine.rollout.embedded import EmbeddedEngine
-from tandem.engine.types import Completion, GenerationRequest, Group, Prompt, Response, Segment, StopState
+from tandem.engine.types import Completion, EngineDiedError, GenerationRequest, Group, Prompt, Response, Segment, StopState
 from tests.rollout.models import CONTEXT_LENGTH, serve, tiny_model
 
 CONFIG = RolloutConfig(max_batch=8, max_response_tokens=10, repetition=RepetitionConfig(max_period=0, ngram=0))
@@ -40,6 +42,13 @@ class CountingEngine:
     def abort(self, request_ids: Collection[str] | None = None) -> None:
         raise AssertionError("nothing is aborted here")
 
+    @property
+    def is_alive(self) -> bool:
+        return True
+
+    def restart(self) -> None:
+        raise AssertionError("nothing dies here")
+
     def close(self) -> None:
         pass
 
@@ -49,8 +58,8 @@ def group(name: str, ends_after: int, num_samples: int = 2) -> Group:
 
 
 def run(engine: CountingEngine, groups: Sequence[Group], token_budget: int | None = None, context_length: int = 50) -> list[Group]:
-    def seed_of(prompt_id: str, sample: int, segment: int) -> int:
-        return sample_seed(0, 1, prompt_id, sample, segment)
+    def seed_of(group: Group, sample: int, segment: int) -> int:
+        return sample_seed(0, 1, group, sample, segment)
 
     return list(generate_groups(engine, groups, config=CONFIG, context_length=context_length, seed_of=seed_of, token_budget=token_budget))
 
@@ -95,7 +104,7 @@ def test_only_what_is_not_final_is_asked_for_and_earlier_tokens_are_passed_as_su
     (done,) = run(engine, [partial])
     (request,) = engine.requests
     assert (request.token_ids, request.num_prefix_tokens, request.max_new_tokens) == ((9, 0, 0, 1, 2), 3, 7)
-    assert request.seed == sample_seed(0, 1, "a", 1, 1)
+    assert request.seed == sample_seed(0, 1, partial, 1, 1)
     assert done.responses[0] == responses[0]
     assert done.responses[1].token_ids == tuple(range(9))
     assert done.first_iteration == 4
@@ -124,12 +133,34 @@ def test_an_empty_group_and_a_prompt_without_room_are_named() -> None:
 
 
 def test_seeds_are_63_bits_and_differ_in_every_argument() -> None:
-    base: tuple[int, int, str, int, int] = (0, 1, "a", 2, 3)
-    others = [(9, 1, "a", 2, 3), (0, 9, "a", 2, 3), (0, 1, "b", 2, 3), (0, 1, "a", 9, 3), (0, 1, "a", 2, 9), (0, 12, "a", 2, 3)]
+    a, b = group("a", 9), group("b", 9)
+    again = dataclasses.replace(a, serial=1)  # the same prompt, drawn a second time
+    base: tuple[int, int, Group, int, int] = (0, 1, a, 2, 3)
+    others = [(9, 1, a, 2, 3), (0, 9, a, 2, 3), (0, 1, b, 2, 3), (0, 1, again, 2, 3), (0, 1, a, 9, 3), (0, 1, a, 2, 9), (0, 12, a, 2, 3)]
     seeds = [sample_seed(*arguments) for arguments in (base, *others)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 1 << 63 for seed in seeds)
     assert sample_seed(*base) == seeds[0]
+
+
+class DyingEngine(CountingEngine):
+    """Dies after its first completion."""
+
+    def generate(self, requests: Sequence[GenerationRequest], *, token_budget: int | None = None) -> Generator[Completion, None, None]:
+        yield next(super().generate(requests, token_budget=token_budget))
+        raise EngineDiedError("gone")
+
+
+def test_what_a_dead_engine_was_generating_comes_back_as_it_was() -> None:
+    deaths: list[EngineDiedError] = []
+    groups = [group("a", 3, num_samples=1), group("b", 3, num_samples=1)]
+    arguments: dict[str, Any] = {"config": CONFIG, "context_length": 50, "seed_of": lambda group, sample, segment: 0, "token_budget": None}
+    done, cut = generate_groups(DyingEngine(), groups, on_death=deaths.append, **arguments)
+    assert done.is_finished
+    assert cut == groups[1]
+    assert len(deaths) == 1
+    with pytest.raises(EngineDiedError, match="gone"):
+        list(generate_groups(DyingEngine(), groups, **arguments))
 
 
 def test_phases_with_the_embedded_engine_are_reproducible_and_lose_nothing() -> None:
