@@ -1,5 +1,6 @@
 """The trainer's fields: the network, how ranks divide it, its optimisation and warm start. Part of `RunConfig` (engine/config.py)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -161,8 +162,10 @@ class TrainerConfig:
 class SFTStage:
     """One stage of the supervised warm start (2.5.2: 32k tokens, 2e-5 to 2e-6; then 128k, 1e-5 to 1e-6)."""
 
-    steps: int
-    """Optimizer steps."""
+    steps: int = 0
+    """Optimizer steps; 0: as many as `epochs` take."""
+    epochs: float = 0.0
+    """Passes over the examples; 0: `steps` says how long."""
     batch_tokens: int
     """Tokens per optimizer step over all ranks, prompts included."""
     max_tokens: int
@@ -171,5 +174,11 @@ class SFTStage:
     """Learning rate and schedule of this stage."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "max_tokens"):
+        for name in ("batch_tokens", "max_tokens"):
             check(getattr(self, name) >= 1, f"sft.{name}", getattr(self, name), "it must be at least 1")
+        rule = f"steps or epochs must be positive, and the other 0 (epochs is {self.epochs})"
+        check(min(self.steps, self.epochs) == 0 and max(self.steps, self.epochs) > 0, "sft.steps", self.steps, rule)
+
+    def num_steps(self, num_tokens: int) -> int:
+        """Optimizer steps on examples of `num_tokens` tokens in all."""
+        return self.steps or math.ceil(self.epochs * num_tokens / self.batch_tokens)

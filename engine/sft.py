@@ -29,13 +29,14 @@ def _train_stage(run: Run, parts: Parts, stage: SFTStage, number: int) -> None:
     started_s, num_tokens = time.monotonic(), 0
     rows = [supervised_row(example.prompt_ids, example.response_ids, i) for i, example in enumerate(parts.sft_examples(stage.max_tokens))]
     of_step = sft_batches([row.num_tokens for row in rows], batch_tokens=stage.batch_tokens, seed=run.config.seed + number)
-    for step, indices in zip(range(stage.steps), of_step):  # noqa: B905 (the batches never end)
+    num_steps = stage.num_steps(sum(row.num_tokens for row in rows))
+    for step, indices in zip(range(num_steps), of_step):  # noqa: B905 (the batches never end)
         batch = [rows[i] for i in indices]
-        trainer.set_learning_rate(learning_rate(stage.optimizer, step, stage.steps))
+        trainer.set_learning_rate(learning_rate(stage.optimizer, step, num_steps))
         stats = trainer.sft_step(deal_examples(run, parts, batch, seed=step), sum(len(row.response_ids) for row in batch))
         num_tokens += sum(row.num_tokens for row in batch)
-        run.log.progress("sft", step + 1, stage.steps)
-        if step % 25 == 24 or step + 1 == stage.steps:
+        run.log.progress("sft", step + 1, num_steps)
+        if step % 25 == 24 or step + 1 == num_steps:
             run.log.metrics(
                 -1,
                 {

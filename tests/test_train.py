@@ -121,6 +121,12 @@ def engines_running() -> list[int]:
     return of_tests
 
 
+def export(run_dir: Path, to: Path) -> None:
+    """In a process of its own, as a user would."""
+    command = [sys.executable, "-m", "tandem.engine.cli", "export", str(run_dir), "--to", str(to)]
+    subprocess.run(command, check=True, timeout=100, capture_output=True)
+
+
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(run_dir) if "rollout/reward" in line]
 
@@ -252,6 +258,35 @@ def test_one_response_per_prompt_has_no_signal_and_changes_nothing(run_dir: Path
     assert weights_of(run_dir, 1) == before
 
 
+def test_supervised_training_alone_runs_both_stages_of_the_paper_on_a_folder_and_a_file(run_dir: Path, tmp_path: Path) -> None:
+    exported, examples = tmp_path / "model", tmp_path / "sft.jsonl"
+    export(run_dir, exported)
+    examples.write_text(
+        "".join(json.dumps({"prompt": f"{i}+{j}?", "response": f"A:{(i + j) % 5}."}) + "\n" for i in range(20) for j in range(5))
+    )
+    options = [
+        "--model.path",
+        str(exported),
+        "--model.context_length",
+        "64",
+        "--data.sft",
+        str(examples),
+        "--run_dir",
+        str(tmp_path / "sft"),
+    ]
+    small = ["--rollout.max_response_tokens", "16", "--trainer.dtype", "float32"]
+    stages = [f"--sft.{i}.{name}" for i in (0, 1) for name in ("batch_tokens", "max_tokens")]
+    config = parse_recipe(
+        ["sft_two_stage", *options, *small, *[part for name in stages for part in (name, "256" if "batch" in name else "64")]]
+    )
+    run_ranks(train, 2, config)
+    lines = [line for line in read_metrics(tmp_path / "sft") if line["step"] == -1]
+    assert {line["sft/stage"] for line in lines} == {0, 1}
+    num_tokens = sum(len(f"{i}+{j}?") + 1 + len("A:0.") for i in range(20) for j in range(5))
+    assert {line["sft/step"] for line in lines} == {math.ceil(num_tokens / 256)}
+    assert (tmp_path / "sft" / "checkpoints" / "step_00000000").is_dir()
+
+
 def test_a_prompts_file_of_the_users_own_takes_the_tasks_place(run_dir: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "own.jsonl"
     questions = [f"Ann has {i} apples and buys {i + 2} more. How many has she?" for i in range(12)]
@@ -312,8 +347,7 @@ def test_a_killed_engine_is_replaced_and_its_responses_are_generated_again(run_d
 
 def test_a_model_folder_of_the_users_own_is_trained_without_a_warm_start(run_dir: Path, tmp_path: Path) -> None:
     exported, own = tmp_path / "model", tmp_path / "own"
-    command = [sys.executable, "-m", "tandem.engine.cli", "export", str(run_dir), "--to", str(exported)]
-    subprocess.run(command, check=True, timeout=100, capture_output=True)
+    export(run_dir, exported)
     model = ModelConfig(path=str(exported), context_length=64)
     run_ranks(train, 2, small_toy(own, steps=1, model=model))
     (line,) = steps_of(own)
@@ -326,8 +360,7 @@ def test_a_model_folder_of_the_users_own_is_trained_without_a_warm_start(run_dir
 
 def test_a_context_that_the_model_was_not_made_for_is_an_error(tmp_path: Path, run_dir: Path) -> None:
     exported = tmp_path / "model"
-    command = [sys.executable, "-m", "tandem.engine.cli", "export", str(run_dir), "--to", str(exported)]
-    subprocess.run(command, check=True, timeout=100, capture_output=True)
+    export(run_dir, exported)
     model = ModelConfig(path=str(exported), context_length=4096)
     with pytest.raises(RuntimeError, match=r"model.context_length is 4096; it must not exceed max_position_embeddings"):
         run_ranks(train, 1, small_toy(tmp_path / "own", model=model))

@@ -9,10 +9,11 @@ import tyro
 
 from tandem.engine.config import RunConfig
 from tandem.engine.errors import fail
+from tandem.engine.recipes.sft_two_stage import sft_two_stage
 from tandem.engine.recipes.toy_cpu import toy_cpu
 
 # every recipe, listed by hand: a reader finds its code by following the import
-RECIPES: tuple[Callable[[], RunConfig], ...] = (toy_cpu,)
+RECIPES: tuple[Callable[[], RunConfig], ...] = (toy_cpu, sft_two_stage)
 
 T = TypeVar("T", RunConfig, "Launch")
 
