@@ -50,7 +50,8 @@ def toy_cpu() -> RunConfig:
         trainer=TrainerConfig(
             microbatch_tokens=4096,
             updates_per_iteration=4,
-            optimizer=OptimizerConfig(lr=2e-4, eps=1e-4, clip_grad=1.0),
+            # Decays once the length reward sets in: at full speed it wears off what was learned.
+            optimizer=OptimizerConfig(lr=2e-4, min_lr=2e-5, decay_style="linear", decay_start=0.5, eps=1e-4, clip_grad=1.0),
         ),
         evaluation=EvaluationConfig(every=6),
         checkpoint=CheckpointConfig(every=10),
