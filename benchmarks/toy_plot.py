@@ -44,6 +44,14 @@ class ToyRun:
             raise ValueError(f"{self.path} has no {metric}; did the run evaluate?")
         return values[0], values[-1]
 
+    def largest_difference(self) -> float:
+        """The largest train/rollout log-prob difference of any token of any iteration, nats."""
+        return max(row["train/logprob_diff_max"] for row in self.rows if row.get("train/logprob_diff_max") is not None)
+
+    def overhead(self) -> float:
+        """Mean over the iterations of the time outside rollout and training."""
+        return statistics.mean(row["overhead_fraction"] for row in self.rows if row.get("overhead_fraction") is not None)
+
 
 def load(path: Path, variant: str) -> ToyRun:
     """Read a run folder."""
@@ -83,20 +91,24 @@ def draw(runs: Sequence[ToyRun], to: Path) -> None:
 def table(runs: Sequence[ToyRun]) -> str:
     """Markdown: one row per run, then the mean of each variant."""
     lines = [
-        "| run | length penalty | pass@1 after SFT | pass@1 after RL | response after SFT | response after RL | time |",
-        "|---|---|---|---|---|---|---|",
+        "| run | length penalty | pass@1 after SFT | pass@1 after RL | response after SFT | after RL | log-prob difference | overhead | time |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in dict.fromkeys(run.variant for run in runs):
         of_variant = [run for run in runs if run.variant == variant]
-        numbers = [(*run.ends("eval/pass_at_1"), *run.ends("eval/response_tokens"), run.minutes) for run in of_variant]
+        numbers = [
+            (*run.ends("eval/pass_at_1"), *run.ends("eval/response_tokens"), run.largest_difference(), run.overhead(), run.minutes)
+            for run in of_variant
+        ]
         names = [run.path.name for run in of_variant]
         if len(numbers) > 1:
             numbers.append(tuple(statistics.mean(column) for column in zip(*numbers, strict=True)))
             names.append("**mean**")
         penalty = "yes" if variant == "with length penalty" else "no"
-        for name, (before, after, length_before, length_after, minutes) in zip(names, numbers, strict=True):
+        for name, (before, after, length_before, length_after, difference, overhead, minutes) in zip(names, numbers, strict=True):
             lengths = f"{length_before:.1f} tokens | {length_after:.1f} tokens"
-            lines.append(f"| {name} | {penalty} | {before:.3f} | {after:.3f} | {lengths} | {minutes:.1f} min |")
+            rest = f"{difference:.1e} | {overhead:.1%} | {minutes:.1f} min"
+            lines.append(f"| {name} | {penalty} | {before:.3f} | {after:.3f} | {lengths} | {rest} |")
     return "\n".join(lines)
 
 

@@ -84,7 +84,12 @@ class Parts:
         self.mesh = build_mesh(config.mesh, hf_config)
         stack.callback(destroy_mesh)
         self.trainer = MegatronTrainer(
-            hf_config, self.mesh, config.trainer, loss=config.loss, temperature=config.rollout.temperature, seed=config.seed
+            hf_config,
+            self.mesh,
+            config.trainer,
+            loss=config.loss,
+            temperature=config.rollout.temperature,
+            seed=config.seed if config.model.path is None else None,
         )
         if config.model.path is not None:
             load_hf_weights(Path(config.model.path), self.trainer)
