@@ -91,7 +91,7 @@ def draw(runs: Sequence[ToyRun], to: Path) -> None:
 def table(runs: Sequence[ToyRun]) -> str:
     """Markdown: one row per run, then the mean of each variant."""
     lines = [
-        "| run | length penalty | pass@1 after SFT | pass@1 after RL | response after SFT | after RL | log-prob difference | overhead | time |",
+        "| run | length penalty | pass@1 after SFT | pass@1 after RL | response after SFT | after RL | log-prob diff | overhead | time |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in dict.fromkeys(run.variant for run in runs):
