@@ -26,7 +26,18 @@ def main() -> None:
     parser.add_argument("--nproc", type=int, default=2, help="ranks")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        fixed = ["--trainer.optimizer.lr", "0", "--sft.0.steps", "100", "--evaluation.max_prompts", "2", "--length_penalty.weight", "0"]
+        fixed = [
+            "--trainer.optimizer.lr",
+            "0",
+            "--trainer.optimizer.min_lr",
+            "0",
+            "--sft.0.steps",
+            "100",
+            "--evaluation.max_prompts",
+            "2",
+            "--length_penalty.weight",
+            "0",
+        ]
         command = ["-m", "tandem.engine.cli", "train", "toy_cpu", "--nproc", str(args.nproc), "--run_dir", folder, *fixed]
         subprocess.run([sys.executable, *command, "--steps", str(args.swaps)], check=True, stdout=subprocess.DEVNULL)
         lines = [line for line in read_metrics(Path(folder)) if "train/logprob_diff_mean" in line]
