@@ -122,6 +122,7 @@ class GenerationRequest:
     max_new_tokens: int
     seed: int  # 63 bits; the token at position p of this request depends on (seed, p) and the logits only
     temperature: float | None = None  # None: the engine's; 0: greedy (log-probs then at temperature 1)
+    recorded: "Completion | None" = None  # what an interrupted run already got for this very request; see `RolloutEngine.generate`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +153,16 @@ class RolloutEngine(Protocol):
 
         Once `token_budget` new tokens have been generated over all requests, the rest end with
         StopState.BUDGET and what they have (perhaps nothing). Closing the iterator aborts what is left.
+
+        A request that carries a `recorded` completion is not computed again: it takes its turns and its part of the
+        budget as if it were, and ends with what was recorded. Where tokens do not depend on the rest of the batch (the
+        embedded engine), a phase that was interrupted therefore goes on bit for bit.
         """
+        ...
+
+    @property
+    def weights_digest(self) -> str | None:
+        """Equal digests: equal weights, bit for bit. None where the engine cannot tell, and before the first commit."""
         ...
 
     def abort(self, request_ids: Collection[str] | None = None) -> None:
