@@ -6,9 +6,10 @@ tokenised again. Log-probs are natural logarithms (nats).
 
 import enum
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 
@@ -50,6 +51,7 @@ class Segment:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     policy_version: int
+    routed_experts: np.ndarray | None = field(default=None, compare=False)  # see `Completion`
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.logprobs), (len(self.token_ids), len(self.logprobs))
@@ -134,6 +136,9 @@ class Completion:
     logprobs: tuple[float, ...]
     stop: StopState
     policy_version: int
+    # int16 [new tokens, MoE layers, experts per token]: the experts chosen at the positions whose logits gave the new tokens, global
+    # expert indices in the router's order. None where the engine does not record them.
+    routed_experts: np.ndarray | None = field(default=None, compare=False)
 
 
 class EngineDiedError(RuntimeError):
