@@ -12,13 +12,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 
-.PHONY: help install train test lint bench toy-figures report clean
+.PHONY: help install train test test-all lint bench toy-figures report clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make install                 create .venv and install everything into it (PYTHON=python3.12, TORCH_INDEX=URL)"
 	@echo "make train                   install, then run a recipe (RECIPE=toy_cpu NPROC=2 ARGS='--steps 10')"
 	@echo "make test                    install, then the tests (ARGS='-k swap')"
+	@echo "make test-all                the tests and the slow ones (every layout of every family): most of an hour"
 	@echo "make lint                    ruff and pyright"
 	@echo "make bench                   the benchmarks, one after the other"
 	@echo "make toy-figures             the README's toy figures: six whole runs, half an hour (NPROC=2 ARGS='--seeds 0 1 2')"
@@ -45,6 +46,9 @@ train: install
 
 test: install
 	$(PY) -m pytest $(ARGS)
+
+test-all: install
+	$(PY) -m pytest -m "" $(ARGS)
 
 lint: install
 	$(VENV)/bin/ruff check
