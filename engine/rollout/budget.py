@@ -12,6 +12,8 @@ from tandem.engine.config import RolloutConfig
 from tandem.engine.types import Completion, EngineDiedError, GenerationRequest, Group, Prompt, Response, RolloutEngine, Segment, StopState
 
 SeedOf = Callable[[Group, int, int], int]
+RecordedOf = Callable[[Group, int, int], Completion | None]
+OnCompletion = Callable[[Group, int, int, Completion], None]
 
 
 def new_group(prompt: Prompt, num_samples: int, *, first_iteration: int = 0, serial: int = 0) -> Group:
@@ -36,6 +38,8 @@ def generate_groups(
     token_budget: int | None,
     temperature: float | None = None,
     on_death: Callable[[EngineDiedError], None] | None = None,
+    recorded: RecordedOf | None = None,
+    on_completion: OnCompletion | None = None,
 ) -> Iterator[Group]:
     """Continue every response that is not final, until all are or the budget runs out.
 
@@ -47,6 +51,10 @@ def generate_groups(
         temperature: instead of the engine's; 0 is greedy (evaluation).
         on_death: called when the engine dies; if it returns, the responses that were running are yielded as they came, to be generated
             again. None: the error is raised.
+        recorded: (group, sample, index of the segment) → what an interrupted run of this very phase got for it, or None. It is not
+            generated again; see `RolloutEngine.generate`.
+        on_completion: called with (group, sample, index of the segment, completion) as each segment ends, before its group is
+            yielded, with `group` as it was given and the completion as `recorded` wants it back; not for recorded and aborted ones.
     Yields: each group as soon as all its responses are final, then those that were cut, in their order. Tokens of this
         phase are a new segment with the engine's policy version; a response that got none keeps its segments.
     Raises: ValueError naming the prompt whose group is empty, or that leaves no room for a response in the context.
@@ -57,7 +65,9 @@ def generate_groups(
         if len(group.prompt.token_ids) >= context_length:
             length = len(group.prompt.token_ids)
             raise ValueError(f"prompt {group.prompt.id!r} has {length} tokens; a context of {context_length} leaves none for a response")
-    return _generate_groups(engine, groups, config.max_response_tokens, context_length, seed_of, token_budget, temperature, on_death)
+    return _generate_groups(
+        engine, groups, config.max_response_tokens, context_length, seed_of, token_budget, temperature, on_death, recorded, on_completion
+    )
 
 
 def _generate_groups(
@@ -69,11 +79,14 @@ def _generate_groups(
     token_budget: int | None,
     temperature: float | None,
     on_death: Callable[[EngineDiedError], None] | None,
+    recorded: RecordedOf | None,
+    on_completion: OnCompletion | None,
 ) -> Iterator[Group]:
     responses = [list(group.responses) for group in groups]
     num_waiting = [0] * len(groups)
     requests: list[GenerationRequest] = []
     place: dict[str, tuple[int, int]] = {}
+    known_ids = set[str]()
     for g, group in enumerate(groups):
         for i, response in enumerate(group.responses):
             if response.stop.is_final:
@@ -85,14 +98,20 @@ def _generate_groups(
             request_id = f"{g}/{group.prompt.id}/{response.sample}"
             place[request_id] = g, i
             num_waiting[g] += 1
+            segment = len(response.segments)
+            known = recorded(group, response.sample, segment) if recorded is not None else None
+            if known is not None:
+                known = dataclasses.replace(known, request_id=request_id)
+                known_ids.add(request_id)
             requests.append(
                 GenerationRequest(
                     request_id=request_id,
                     token_ids=group.prompt.token_ids + response.token_ids,
                     num_prefix_tokens=response.num_tokens,
                     max_new_tokens=longest - response.num_tokens,
-                    seed=seed_of(group, response.sample, len(response.segments)),
+                    seed=seed_of(group, response.sample, segment),
                     temperature=temperature,
+                    recorded=known,
                 )
             )
 
@@ -105,6 +124,9 @@ def _generate_groups(
         with contextlib.closing(engine.generate(requests, token_budget=token_budget)) as completions:
             for completion in completions:
                 g, i = place[completion.request_id]
+                if on_completion is not None and completion.request_id not in known_ids and completion.stop is not StopState.ABORTED:
+                    before = responses[g][i]
+                    on_completion(groups[g], before.sample, len(before.segments), completion)
                 responses[g][i] = _extended(responses[g][i], completion)
                 if all(response.stop.is_final for response in responses[g]):
                     unfinished.remove(g)
