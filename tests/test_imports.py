@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for room in ("engine", "kernels") for path in (ROOT / room).rglob("*.py"))
 
-GROUND = {"types", "config", "model_config", "log", "kernels"}
+GROUND = {"types", "config", "model_config", "architecture", "log", "kernels"}
 LOG = {"log", "trace", "progress"}  # the log is three files
 CONFIG = {"config", "model_config"}  # the configuration is two
 
@@ -18,17 +18,19 @@ ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "config": CONFIG,
     "model_config": set(),
+    "architecture": {"types", *CONFIG},  # read by the trainer, the rollout engine and the name map alike
     "kernels": set(),
+    "buckets": {"types"},
     "trace": set(),
     "progress": set(),
     "log": {*CONFIG, *LOG},
     "hardware": CONFIG,
     "data": GROUND,
-    "rollout": GROUND,
+    "rollout": {*GROUND, "buckets"},
     "reward": GROUND,
     "algo": GROUND,
     "trainer": {*GROUND, "algo"},
-    "checkpoint": {"types", *CONFIG, "log"},
+    "checkpoint": {"types", *CONFIG, "architecture", "log", "buckets"},
 }
 
 
