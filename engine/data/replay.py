@@ -3,19 +3,17 @@
 Rows are never changed but for one mark: each is stamped with the iteration that made it and, when popped, with the iteration that
 took it. `rewind` undoes everything from an iteration on, which is how a run goes back to a checkpoint that was taken before it.
 
-Durability: write-ahead log with synchronous=NORMAL. A commit is written to the operating system before `push_…` returns, so it
-survives `kill -9` of this process; it is not flushed to the disk, so a power cut may lose the newest commits but never damages
-the file. FULL would cost an fsync per group to save tokens that the resumed run rewinds past anyway.
+Durability: what `push_…` was given survives `kill -9` of this process (see engine/data/database.py).
 """
 
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import xxhash
 
+from tandem.engine.data.database import is_disk_full, open_database, transaction
 from tandem.engine.data.group_bytes import group_from_bytes, group_to_bytes
 from tandem.engine.types import Group
 
@@ -44,14 +42,12 @@ class ReplayBuffer:
         """Open or create the file. Raises: ValueError if it is no replay buffer."""
         self.path = Path(path)
         self._iteration: int | None = None
-        self._database = sqlite3.connect(self.path, isolation_level=None, timeout=30)
         try:
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=NORMAL")
-            self._database.executescript(SCHEMA)
-            self._database.execute("SELECT row_id, kind, created, consumed, payload, checksum FROM groups LIMIT 0")
+            probe = "SELECT row_id, kind, created, consumed, payload, checksum FROM groups LIMIT 0"
+            self._database = open_database(self.path, SCHEMA, probe)
         except sqlite3.DatabaseError as error:
-            self._database.close()
+            if is_disk_full(error):
+                raise
             raise ValueError(f"{self.path} is no replay buffer ({error}); delete it, or give another run folder") from error
 
     def begin_iteration(self, iteration: int) -> None:
@@ -63,7 +59,7 @@ class ReplayBuffer:
 
     def rewind(self, iteration: int) -> None:
         """Restore the buffer as it was when `iteration` began, and stamp what follows with it."""
-        with self._transaction():
+        with transaction(self._database):
             self._database.execute("DELETE FROM groups WHERE created >= ?", (iteration,))
             self._database.execute("UPDATE groups SET consumed = NULL WHERE consumed >= ?", (iteration,))
         self._iteration = iteration
@@ -108,7 +104,7 @@ class ReplayBuffer:
     def _push(self, kind: Kind, groups: Sequence[Group]) -> None:
         iteration = self._current_iteration()
         payloads = [group_to_bytes(group) for group in groups]
-        with self._transaction():
+        with transaction(self._database):
             self._database.executemany(
                 "INSERT INTO groups (kind, created, payload, checksum) VALUES (?, ?, ?, ?)",
                 [(kind, iteration, payload, xxhash.xxh3_64_digest(payload)) for payload in payloads],
@@ -116,19 +112,23 @@ class ReplayBuffer:
 
     def _pop(self, kind: Kind, limit: int | None) -> list[Group]:
         iteration = self._current_iteration()
-        with self._transaction():
+        with transaction(self._database):
             rows = self._database.execute(
-                "SELECT row_id, payload, checksum FROM groups WHERE kind = ? AND consumed IS NULL ORDER BY row_id LIMIT ?",
+                "SELECT row_id, created, payload, checksum FROM groups WHERE kind = ? AND consumed IS NULL ORDER BY row_id LIMIT ?",
                 (kind, -1 if limit is None else limit),
             ).fetchall()
             # Decoded inside the transaction: a damaged row leaves all of them unmarked.
             groups = [self._decode(*row) for row in rows]
-            self._database.executemany("UPDATE groups SET consumed = ? WHERE row_id = ?", [(iteration, row_id) for row_id, _, _ in rows])
+            self._database.executemany("UPDATE groups SET consumed = ? WHERE row_id = ?", [(iteration, row_id) for row_id, *_ in rows])
         return groups
 
-    def _decode(self, row_id: int, payload: bytes, checksum: bytes) -> Group:
+    def _decode(self, row_id: int, created: int, payload: bytes, checksum: bytes) -> Group:
         if xxhash.xxh3_64_digest(payload) != checksum:
-            raise RuntimeError(f"{self.path}: row {row_id} is damaged (its checksum differs); go back to a checkpoint before it")
+            raise RuntimeError(
+                f"{self.path}: row {row_id}, made in iteration {created}, is damaged (its checksum differs). Start the run again: going "
+                f"back to a checkpoint of iteration {created} or before, it makes the row again. If it goes back to a later one, remove "
+                f"the checkpoints of iterations after {created} first"
+            )
         return group_from_bytes(payload)
 
     def _count(self, kind: Kind) -> int:
@@ -138,13 +138,3 @@ class ReplayBuffer:
         if self._iteration is None:
             raise ValueError(f"{self.path} is not in an iteration; call begin_iteration or rewind first")
         return self._iteration
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")

@@ -131,7 +131,7 @@ def test_a_damaged_row_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
     database.execute("UPDATE groups SET payload = ? WHERE row_id = 2", (payload[:-1] + bytes([payload[-1] ^ 1]),))
     database.commit()
     database.close()
-    with pytest.raises(RuntimeError, match="row 2 is damaged"):
+    with pytest.raises(RuntimeError, match="row 2, made in iteration 0, is damaged"):
         buffer.pop_scored()
     assert buffer.num_scored == 2
     assert numbers(buffer.pop_scored(limit=1)) == [0]
