@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -220,7 +219,7 @@ class Parts:
 
     def resume(self) -> bool:
         """Go back to the newest checkpoint, if there is one. A collective. Returns whether there was."""
-        found = load_latest(self._checkpoints, functools.partial(self.trainer.sharded_state_dict, is_loading=True))
+        found = load_latest(self._checkpoints, self.trainer.sharded_state_dict)
         if found is None:
             step = 0
         else:

@@ -37,7 +37,7 @@ def export_run(run_dir: Path, to: Path) -> int:
         mesh = build_mesh(MeshConfig(), hf_config)
         trainer = MegatronTrainer(hf_config, mesh, config.trainer, loss=config.loss, temperature=1.0, seed=None)
         # Not the optimizer: its state loads under the same ep only.
-        state = functools.partial(trainer.sharded_state_dict, is_loading=True, optimizer=False)
+        state = functools.partial(trainer.sharded_state_dict, optimizer=False)
         found = load_latest(run_dir / "checkpoints", state, rename_damaged=False)
         if found is None:
             raise FileNotFoundError(f"{run_dir} has no checkpoint yet")

@@ -269,7 +269,7 @@ def load_latest(
     """Load the newest checkpoint whose files are all there and unchanged; None if none was ever saved. A collective.
 
     Args:
-        sharded_state: makes the trainer's sharded_state_dict(is_loading=True), whose layout may differ from the saved one's. Called only
+        sharded_state: makes the trainer's sharded_state_dict(), whose layout may differ from the saved one's. Called only
             when there is something to load: making it overwrites the optimizer's state.
         rename_damaged: rename newer, damaged ones to damaged_step_…, so that `save_checkpoint` does not count them. False for a reader
             beside the run, to which one that the run is just removing looks damaged.

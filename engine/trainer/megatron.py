@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -26,9 +27,8 @@ from tandem.engine.trainer.context_parallel import gather_replicated
 from tandem.engine.trainer.layers import check_hf_config, head_dim_of, inverse_frequencies, transformer_config
 from tandem.engine.trainer.mesh import Mesh, num_experts_of
 from tandem.engine.trainer.model import build_chunks, initialise, weight_shards
+from tandem.engine.trainer.state import set_num_steps, sharded_optimizer
 from tandem.engine.types import WeightShard
-
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
 
 class NonFiniteError(RuntimeError):
@@ -308,41 +308,27 @@ class MegatronTrainer:
 
     # Checkpoints
 
-    def sharded_state_dict(self, *, is_loading: bool = False, optimizer: bool = True) -> dict[str, Any]:
-        """For `megatron.core.dist_checkpointing`: model and optimizer, loadable under another tp, pp, cp and dp.
+    def sharded_state_dict(self, *, optimizer: bool = True) -> dict[str, Any]:
+        """For `megatron.core.dist_checkpointing`: model and optimizer, loadable under any other layout of the ranks.
 
-        With `is_loading` Megatron fills the optimizer's state with placeholders: a load must follow.
-
-        Training draws no random numbers, so no generator is part of it. The optimizer's state does not load under another ep
-        (megatron-core 0.16.1 names it differently); the model alone, without `optimizer`, loads under any layout.
+        The tensors in it are the live ones: `dist_checkpointing.load` writes into them, and `load_sharded` must follow.
         """
-        state: dict[str, Any] = {}
-        for i, chunk in enumerate(self._chunks):
-            state["model" if len(self._chunks) == 1 else f"model{i}"] = chunk.sharded_state_dict(metadata=SHARDING)
-        if not optimizer:
-            return state
-        model_state = (
-            {key: value for part in list(state.values()) for key, value in part.items()} if len(self._chunks) == 1 else dict(state)
-        )
-        state["optimizer"] = self._optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING)
+        state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(self._chunks)}
+        if optimizer:
+            state["optimizer"] = sharded_optimizer(self._optimizer, state)
+        apply_factories(state)  # so that loading need not put their parts together again
         return state
 
     def load_sharded(self, state: Mapping[str, Any]) -> None:
-        """Take over what `dist_checkpointing.load` made of `sharded_state_dict(is_loading=True)`.
+        """Take over what `dist_checkpointing.load` made of `sharded_state_dict`.
 
-        Without the key "optimizer" the model alone is loaded. (`dist_checkpointing.load` adds that key, with a part of what is needed,
-        also where it was not asked for; `load_latest` removes it.)
-
-        Learning rate, betas, eps and weight decay stay this trainer's; Megatron would take over those that were saved.
+        Without the key "optimizer" the model alone was loaded, and the moments stay. (`dist_checkpointing.load` adds that key also where
+        it was not asked for; `load_latest` removes it.) Learning rate, betas, eps and weight decay stay this trainer's.
         """
-        for i, chunk in enumerate(self._chunks):
-            chunk.load_state_dict(state["model" if len(self._chunks) == 1 else f"model{i}"])
-        if "optimizer" not in state:
+        if "optimizer" in state:
+            set_num_steps(self._optimizer, state["optimizer"]["step"])
+        else:
             self.weights_changed()
-            return
-        self._optimizer.load_state_dict(state["optimizer"])
-        optimizers.set_optimizer_config(self._optimizer, self._optimizer_config)
-        optimizers.set_learning_rate(self._optimizer, self._lr)
 
 
 def _from_last_stage(x: torch.Tensor) -> None:

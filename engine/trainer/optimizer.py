@@ -46,6 +46,8 @@ def build_optimizer(trainer: TrainerConfig, chunks: list[DistributedDataParallel
     )
     optimizer = get_megatron_optimizer(megatron_config, chunks)  # pyright: ignore[reportArgumentType]
     fill_state(optimizer)
+    # Megatron marks the groups that are not decayed (norms, biases), but leaves it to a scheduler of its own to heed that.
+    set_optimizer_config(optimizer, config)
     return optimizer
 
 
@@ -56,7 +58,7 @@ def parts_of(optimizer: Any) -> list[Any]:
 
 
 def fill_state(optimizer: Any) -> None:
-    """Give torch's AdamW the state that it would make in its first step; loading a checkpoint needs it to be there."""
+    """Give torch's AdamW the state that it would make in its first step; checkpoints are loaded into it."""
     for part in parts_of(optimizer):
         if not isinstance(part.optimizer, torch.optim.AdamW):
             continue

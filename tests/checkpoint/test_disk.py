@@ -238,7 +238,7 @@ def save_steps(source: Path, folder: Path, mesh: MeshConfig, steps: list[int], k
 
 def load_step(source: Path, folder: Path, mesh: MeshConfig) -> tuple[int, Any, dict[str, torch.Tensor]] | None:
     trainer = build_trainer(source, mesh)
-    found = load_latest(folder, lambda: trainer.sharded_state_dict(is_loading=True))
+    found = load_latest(folder, lambda: trainer.sharded_state_dict())
     if found is None:
         return None
     trainer.load_sharded(found.state)
