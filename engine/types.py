@@ -7,7 +7,7 @@ tokenised again. Log-probs are natural logarithms (nats).
 import enum
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -242,24 +242,8 @@ class WeightSink(Protocol):
         ...
 
 
-class PendingLoad(Protocol):
-    """A bucket that an engine is taking over."""
-
-    def wait(self) -> None:
-        """Return once every checksum held; the buffer may then be reused. Raises: as `WeightSink.load`."""
-        ...
-
-
-@runtime_checkable
-class PipelinedWeightSink(WeightSink, Protocol):
-    """A sink that is handed the next bucket while it still takes over one, so that it never waits for a message.
-
-    `rollback` ends what is pending before it returns.
-    """
-
-    def load_async(self, shared_memory_path: str, entries: Sequence[BucketEntry]) -> PendingLoad:
-        """Begin to take over one bucket. Buckets are taken over in the order of the calls."""
-        ...
+class CheckpointError(RuntimeError):
+    """A checkpoint was not saved; says on every rank what could not be written and which one is the newest. Those before it are whole."""
 
 
 class WeightTransferError(RuntimeError):

@@ -2,14 +2,12 @@
 
     prepare → for each bucket: ranks write, engines verify and take over → all agree → commit, else roll back
 
-Writing bucket n+1 overlaps with the engines' taking over of bucket n. Ranks of a node take turns through counters in
-shared memory; all ranks agree through a process group of their own. Every wait has a deadline.
+Writing bucket n+1 overlaps with the engines' taking over of bucket n. Ranks of a node and their engines take turns through
+counters in shared memory; all ranks agree through a process group of their own. Every wait has a deadline.
 """
 
 import os
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -18,19 +16,30 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tandem.engine.buckets import (
+    CHECKSUMMED,
+    FAILED,
+    LOADED,
+    NUM_SLOTS,
+    WRITTEN,
+    BucketSlice,
+    BucketStream,
+    PeerFailed,
+    PendingTransfer,
+    SharedBuckets,
+    StreamingWeightSink,
+)
 from tandem.engine.checkpoint.agreement import Agreement, Failure, raise_all
+from tandem.engine.checkpoint.hand_over import HandOver
 from tandem.engine.checkpoint.names import HFView, NameMap
 from tandem.engine.checkpoint.plan import Plan, Region, make_plan
-from tandem.engine.checkpoint.transport import CHECKSUMMED, FAILED, LOADED, NUM_SLOTS, WRITTEN, PeerFailed, SharedBuckets
 from tandem.engine.checkpoint.writer import BucketWork, make_bucket_work
 from tandem.engine.config import SwapConfig
 from tandem.engine.log import RunLog
-from tandem.engine.types import BucketEntry, PendingLoad, PipelinedWeightSink, TensorMeta, WeightSink, WeightSource, WeightTransferError
+from tandem.engine.types import TensorMeta, WeightSink, WeightSource, WeightTransferError
 
 # A rank may spend one deadline on a bucket and one on its engine before it comes to say so.
 _AGREE_FACTOR = 3
-# Buckets that an engine has at a time. Fewer than slots: ranks write the others, and never wait for a bucket that waits for them.
-_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +68,7 @@ class _Setup:
     node_ranks: list[int]
     node_leaders: list[int]
     buckets: SharedBuckets | None  # None on a node without an engine
+    stream: BucketStream | None  # for the engine that this rank leads
 
 
 class WeightSwap:
@@ -95,7 +105,7 @@ class WeightSwap:
         self._addresses: list[tuple[str, int]] = []
         self._num_swaps = 0
         self._policy_version = -1
-        self._loader: threading.Thread | None = None
+        self._handed: HandOver | None = None
         self.last_stats: SwapStats | None = None
 
     @contextmanager
@@ -129,7 +139,7 @@ class WeightSwap:
 
     def _swap(self, policy_version: int) -> SwapStats:
         start = time.perf_counter()
-        if self._loader is not None and self._loader.is_alive():
+        if self._handed is not None and self._handed.is_stuck:
             raise WeightTransferError(f"rank {self._rank}: the engine still has not answered the previous swap")
         self._num_swaps += 1
         if self._setup is None:
@@ -140,9 +150,9 @@ class WeightSwap:
             self._refresh_work(setup)
         except ValueError as error:
             self._fail(setup, failures, "reading the parameters", error)
-        self._start_loader(setup, policy_version, failures)
-        self._write(setup, failures)
-        self._join_loader(setup, failures)
+        pending = self._start_receiving(setup, policy_version, failures)
+        self._write(setup, pending, failures)
+        self._end_receiving(setup, pending, failures)
         self._agree(setup, failures, "verify")
         self._policy_version = -1  # until all engines are known to have the same
         if self._sink is not None:
@@ -194,7 +204,17 @@ class WeightSwap:
                 error = f"cannot open the shared memory of rank {node_ranks[0]}: {cause}"
         errors = self._agreement.gather("open shared memory", error)
         raise_all([Failure(rank, "setting up", text) for rank, text in enumerate(errors) if text])
-        return _Setup(tensors, plan, len(leaders), self._node, node_ranks, node_leaders, buckets)
+        stream = None
+        if self._sink is not None and buckets is not None:
+            layout = tuple(
+                tuple(BucketSlice(entry.name, entry.tensor_start, entry.num_bytes, entry.bucket_start) for entry in bucket)
+                for bucket in plan.buckets
+            )
+            handle, timeout_s = handles[node_ranks[0]][0], self._config.timeout_s
+            stream = BucketStream(
+                tuple(tensors), layout, tuple(node_ranks), pids, plan.bucket_bytes, handle, leader=self._rank, timeout_s=timeout_s
+            )
+        return _Setup(tensors, plan, len(leaders), self._node, node_ranks, node_leaders, buckets, stream)
 
     def _local_views(self) -> tuple[list[HFView], list[TensorMeta], str]:
         """This rank's views, the model's tensors, and what was wrong with them ("" if nothing)."""
@@ -223,12 +243,21 @@ class WeightSwap:
         """Counter value of a bucket: rises over all swaps, so that counters are never reset."""
         return self._num_swaps * (len(setup.plan.buckets) + 1) + bucket + 1
 
-    def _wait(self, setup: _Setup, ranks: list[int], counter: int, bucket: int, waited_for: str) -> None:
+    def _wait(
+        self, setup: _Setup, ranks: list[int], counter: int, bucket: int, waited_for: str, pending: PendingTransfer | None = None
+    ) -> None:
         assert setup.buckets is not None
-        ticket, timeout_s = self._ticket(setup, bucket), self._config.timeout_s
-        setup.buckets.wait(ranks, counter, ticket, swap=self._num_swaps, timeout_s=timeout_s, waited_for=f"{waited_for} bucket {bucket}")
+        setup.buckets.wait(
+            ranks,
+            counter,
+            self._ticket(setup, bucket),
+            swap=self._num_swaps,
+            timeout_s=self._config.timeout_s,
+            waited_for=f"{waited_for} bucket {bucket}",
+            check_also=pending.check if pending is not None else None,
+        )
 
-    def _write(self, setup: _Setup, failures: list[Failure]) -> None:
+    def _write(self, setup: _Setup, pending: PendingTransfer | None, failures: list[Failure]) -> None:
         """This rank's part of every bucket. After a failure it only sends what ranks of other nodes wait for."""
         shared = setup.buckets
         for bucket, work in enumerate(self._work):
@@ -241,7 +270,7 @@ class WeightSwap:
                 if shared is None or failures:
                     continue
                 if bucket >= NUM_SLOTS:
-                    self._wait(setup, setup.node_leaders, LOADED, bucket - NUM_SLOTS, "load")
+                    self._wait(setup, setup.node_leaders, LOADED, bucket - NUM_SLOTS, "load", pending)
                 for entry in work.entries:
                     where = f"bucket {bucket} of {len(self._work)}, tensor {entry.name}"
                     entry.write(shared)
@@ -257,66 +286,30 @@ class WeightSwap:
             except Exception as error:  # whatever it is, all ranks must roll back
                 self._fail(setup, failures, where, error)
 
-    def _start_loader(self, setup: _Setup, policy_version: int, failures: list[Failure]) -> None:
-        if self._sink is not None:
-            arguments = (setup, self._sink, policy_version, failures)
-            self._loader = threading.Thread(target=self._load, args=arguments, name="weight-swap", daemon=True)
-            self._loader.start()
-
-    def _load(self, setup: _Setup, sink: WeightSink, policy_version: int, failures: list[Failure]) -> None:
-        """The engine's side of every bucket, in a thread beside the writing."""
-        shared, num_buckets = setup.buckets, len(setup.plan.buckets)
-        assert shared is not None
-        where, entries = "prepare", []
-        pipelined = sink if isinstance(sink, PipelinedWeightSink) else None
-        pending: deque[tuple[int, list[BucketEntry], PendingLoad]] = deque()
+    def _start_receiving(self, setup: _Setup, policy_version: int, failures: list[Failure]) -> PendingTransfer | None:
+        """Let this rank's engine take over the buckets as they come: by itself, or handed to it one by one by a thread."""
+        if self._sink is None or setup.stream is None or setup.buckets is None:
+            return None
+        numbers = {"swap": self._num_swaps, "first_ticket": self._ticket(setup, 0)}
+        self._handed = None
         try:
-            sink.prepare(policy_version, setup.tensors)
-            for bucket, layout in enumerate(setup.plan.buckets):
-                if len(pending) == _IN_FLIGHT:
-                    number, entries, load = pending.popleft()
-                    where = f"bucket {number} of {num_buckets}"
-                    load.wait()
-                    shared.publish(self._rank, LOADED, self._ticket(setup, number))
-                where, entries = f"bucket {bucket} of {num_buckets}", []
-                self._wait(setup, setup.node_ranks, CHECKSUMMED, bucket, "write")
-                slot = bucket % NUM_SLOTS
-                entries = [
-                    BucketEntry(
-                        name=entry.name,
-                        tensor_start=entry.tensor_start,
-                        num_bytes=entry.num_bytes,
-                        bucket_start=entry.bucket_start,
-                        checksum=checksum,
-                    )
-                    for entry, checksum in zip(layout, shared.checksums[slot, : len(layout)].tolist(), strict=True)
-                ]
-                if pipelined is not None:
-                    pending.append((bucket, entries, pipelined.load_async(shared.path(slot), entries)))
-                else:
-                    sink.load(shared.path(slot), entries)
-                    shared.publish(self._rank, LOADED, self._ticket(setup, bucket))
-            while pending:
-                number, entries, load = pending.popleft()
-                where = f"bucket {number} of {num_buckets}"
-                load.wait()
-                shared.publish(self._rank, LOADED, self._ticket(setup, number))
-        except PeerFailed:
-            failures.append(Failure(self._rank, where, ""))
+            if isinstance(self._sink, StreamingWeightSink):
+                return self._sink.receive(setup.stream, policy_version, **numbers)
+            self._handed = HandOver(self._sink, setup.buckets, setup.stream, policy_version, **numbers)
+            return self._handed
         except Exception as error:  # whatever it is, all ranks must roll back
-            self._fail(setup, failures, f"{where}{_which_tensor(entries, str(error))}", error)
+            self._fail(setup, failures, "its engine", error)
+            return None
 
-    def _join_loader(self, setup: _Setup, failures: list[Failure]) -> None:
-        if self._loader is None:
+    def _end_receiving(self, setup: _Setup, pending: PendingTransfer | None, failures: list[Failure]) -> None:
+        if pending is None:
             return
-        self._loader.join(self._config.timeout_s)
-        if self._loader.is_alive():
-            error = TimeoutError(f"the engine did not answer within {self._config.timeout_s:g} s")
-            done = setup.buckets.progress(self._rank, LOADED) - self._ticket(setup, -1) if setup.buckets is not None else 0
-            bucket = max(0, done)
-            entries = [entry.name for entry in setup.plan.buckets[min(bucket, len(setup.plan.buckets) - 1)]]
-            where = f"bucket {bucket} of {len(setup.plan.buckets)}, tensors {entries[0]} to {entries[-1]}"
-            self._fail(setup, failures, where, error)
+        try:
+            pending.wait()
+        except PeerFailed:
+            failures.append(Failure(self._rank, "its engine", ""))
+        except Exception as error:
+            self._fail(setup, failures, "its engine", error)
 
     # ---- agreement
 
@@ -343,21 +336,13 @@ class WeightSwap:
 
     def _rollback(self) -> None:
         """Let the engine forget the transaction. One that does not answer, or died, has nothing to forget."""
-        if self._sink is not None and not (self._loader is not None and self._loader.is_alive()):
+        if self._sink is not None and not (self._handed is not None and self._handed.is_stuck):
             with suppress(Exception):
                 self._sink.rollback()
 
     def _check_peers(self) -> None:
         if self._setup is not None and self._setup.buckets is not None:
             self._setup.buckets.check_peers()
-
-
-def _which_tensor(entries: list[BucketEntry], message: str) -> str:
-    """The tensor that an engine's error names, otherwise those that it was given."""
-    named = [entry.name for entry in entries if entry.name in message]
-    if named:
-        return f", tensor {max(named, key=len)}"
-    return f", tensors {entries[0].name} to {entries[-1].name}" if entries else ""
 
 
 def _node_name() -> str:

@@ -8,9 +8,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from tandem.engine.buckets import NUM_SLOTS, SharedBuckets
 from tandem.engine.checkpoint.names import HFView
 from tandem.engine.checkpoint.plan import Entry, Piece, Plan, Region
-from tandem.engine.checkpoint.transport import NUM_SLOTS, SharedBuckets
 from tandem.engine.types import TensorMeta
 
 Copy = tuple[torch.Tensor, torch.Tensor]  # (destination, source); the dtypes may differ

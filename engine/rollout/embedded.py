@@ -20,6 +20,7 @@ from typing import IO, Any, Self
 
 import torch
 
+from tandem.engine.buckets import BucketStream
 from tandem.engine.config import RolloutConfig
 from tandem.engine.rollout.architecture import Architecture, WorkerSetup
 from tandem.engine.types import BucketEntry, Completion, EngineDiedError, GenerationRequest, TensorMeta
@@ -31,16 +32,21 @@ _CLOSE_TIMEOUT_S = 5.0
 Message = tuple[str, Any]
 
 
-class PendingBucket:
-    """See `PendingLoad`."""
+class PendingReceive:
+    """See `PendingTransfer`."""
 
     def __init__(self, engine: "EmbeddedEngine", number: int) -> None:
         self._engine = engine
         self._number = number
 
+    def check(self) -> None:
+        """Raises: EngineDiedError if the child is gone."""
+        if not self._engine.is_alive:
+            raise self._engine._died()
+
     def wait(self) -> None:
-        """Raises: WeightTransferError naming the tensor whose bytes differ."""
-        self._engine._reply(self._number, "load")
+        """Raises: WeightTransferError naming bucket and tensor; PeerFailed if a rank failed."""
+        self._engine._reply(self._number, "receive")
 
 
 class EmbeddedEngine:
@@ -93,6 +99,7 @@ class EmbeddedEngine:
 
     def _start(self) -> None:
         self._policy_version = -1
+        self._stream: BucketStream | None = None
         self._generating = False
         self._num_sent = 0
         self._num_answered = 0
@@ -117,6 +124,11 @@ class EmbeddedEngine:
     def policy_version(self) -> int:
         """The version whose weights are committed; -1 before the first and after a restart."""
         return self._policy_version
+
+    @property
+    def weights_digest(self) -> str | None:
+        """See `RolloutEngine.weights_digest`."""
+        return None
 
     @property
     def is_alive(self) -> bool:
@@ -216,11 +228,15 @@ class EmbeddedEngine:
 
     def load(self, shared_memory_path: str, entries: Sequence[BucketEntry]) -> None:
         """See `WeightSink.load`."""
-        self.load_async(shared_memory_path, entries).wait()
+        self._command("load", shared_memory_path, tuple(entries))
 
-    def load_async(self, shared_memory_path: str, entries: Sequence[BucketEntry]) -> PendingBucket:
-        """See `PipelinedWeightSink.load_async`. `commit` fails if any load failed."""
-        return PendingBucket(self, self._submit("load", shared_memory_path, tuple(entries)))
+    def receive(self, stream: BucketStream, policy_version: int, *, swap: int, first_ticket: int) -> PendingReceive:
+        """See `StreamingWeightSink.receive`. `commit` fails if anything of it failed."""
+        fresh = None if stream is self._stream else stream
+        self._stream = None  # until the child is known to have it
+        number = self._submit("receive", fresh, policy_version, swap, first_ticket)
+        self._stream = stream
+        return PendingReceive(self, number)
 
     def commit(self) -> None:
         """See `WeightSink.commit`. Nothing computed with the old weights is kept."""

@@ -19,8 +19,8 @@ import torch
 
 from tandem.engine.rollout.architecture import WorkerSetup
 from tandem.engine.rollout.inference import InferenceModel
+from tandem.engine.rollout.receive import WeightStore
 from tandem.engine.rollout.scheduler import Scheduler
-from tandem.engine.rollout.weights import WeightStore
 from tandem.engine.types import GenerationRequest, TensorMeta
 
 
@@ -50,6 +50,7 @@ class Worker:
         commands = {
             "prepare": self._prepare,
             "load": self._store.load,
+            "receive": self._store.receive,
             "commit": self._store.commit,
             "rollback": self._store.rollback,
         }

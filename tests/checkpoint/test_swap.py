@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tandem.engine.checkpoint import transport
+from tandem.engine import buckets
 from tandem.engine.checkpoint.swap import WeightSwap
 from tandem.engine.config import SwapConfig
 from tandem.engine.types import BucketEntry, WeightShard, WeightTransferError
@@ -22,7 +22,7 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
-CHECKSUM = transport.SharedBuckets.checksum
+CHECKSUM = buckets.SharedBuckets.checksum
 SMALL_BUCKETS = SwapConfig(bucket_bytes=4096, timeout_s=20)
 
 
@@ -135,13 +135,13 @@ def fail_second_swap(fault: str) -> tuple[str, int]:
         elif fault == "writer":
             calls: list[int] = []
 
-            def checksum(self: transport.SharedBuckets, slot: int, start: int, num_bytes: int) -> int:
+            def checksum(self: buckets.SharedBuckets, slot: int, start: int, num_bytes: int) -> int:
                 calls.append(start)
                 if len(calls) == 5:
                     raise MemoryError("checksum went wrong")
                 return CHECKSUM(self, slot, start, num_bytes)
 
-            transport.SharedBuckets.checksum = checksum
+            buckets.SharedBuckets.checksum = checksum
     start = time.monotonic()
     with pytest.raises(WeightTransferError) as failure, swap.serving(1):
         raise AssertionError("the block must not be entered")
@@ -151,7 +151,7 @@ def fail_second_swap(fault: str) -> tuple[str, int]:
     if fault != "stalls":
         sink.on_load = None
         if fault == "writer" and rank == 1:
-            transport.SharedBuckets.checksum = CHECKSUM
+            buckets.SharedBuckets.checksum = CHECKSUM
         if fault == "prepare" and rank == 1:
             sink.refuses = ""
         with swap.serving(1):
@@ -162,10 +162,13 @@ def fail_second_swap(fault: str) -> tuple[str, int]:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("corrupt", r"rank 1, bucket \d+ of \d+, tensor model.layers.1.self_attn.o_proj.weight: .*checksum differs"),
+        ("corrupt", r"rank 1, its engine: bucket \d+ of \d+, tensor model.layers.1.self_attn.o_proj.weight: .*checksum differs"),
         ("writer", r"rank 1, bucket \d+ of \d+, tensor model\.\S+: MemoryError: checksum went wrong"),
-        ("prepare", r"rank 1, prepare: no memory left"),
-        ("stalls", r"rank 1, bucket 0 of \d+, tensors model\.\S+ to model\.\S+: TimeoutError: the engine did not answer within 2 s"),
+        ("prepare", r"rank 1, its engine: prepare: no memory left"),
+        (
+            "stalls",
+            r"rank 1, its engine: TimeoutError: bucket 0 of \d+, tensors model\S+ to model\S+: the engine did not answer within 2 s",
+        ),
     ],
 )
 def test_a_failure_on_one_rank_rolls_all_back_and_is_named(fault: str, message: str):
@@ -195,7 +198,7 @@ def kill_engine() -> str:
 
 def test_a_dead_engine_is_named_and_the_other_goes_on_with_the_old_version():
     for error in run_ranks(kill_engine, 2):
-        assert "rank 1, prepare: " in error
+        assert "rank 1, its engine: prepare: " in error
 
 
 def kill_rank(pids: Path) -> None:

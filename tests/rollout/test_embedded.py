@@ -128,19 +128,6 @@ def test_an_incomplete_swap_does_not_commit(engine: EmbeddedEngine, models: list
     assert serves(engine, models[0], 0)
 
 
-def test_two_buckets_may_be_in_flight(engine: EmbeddedEngine, models: list[PreTrainedModel], tmp_path: Path) -> None:
-    tensors = disk_tensors(models[1])
-    engine.prepare(1, metas(tensors))
-    pending = []
-    for number, (data, entries) in enumerate(buckets(tensors, 1 << 16)):
-        (tmp_path / str(number)).write_bytes(data)
-        pending.append(engine.load_async(str(tmp_path / str(number)), entries))
-    for load in reversed(pending):
-        load.wait()
-    engine.commit()
-    assert serves(engine, models[1], 1)
-
-
 def test_tensors_that_are_not_the_models_are_named(engine: EmbeddedEngine, models: list[PreTrainedModel]) -> None:
     tensors = metas(disk_tensors(models[0]))
     norm = next(t for t in tensors if t.name == "model.norm.weight")

@@ -1,5 +1,8 @@
 """Buckets in memory that the processes of one node share, and the counters by which they take turns.
 
+The checkpoint engine's ranks write them and a rollout engine's process reads them, so this lies beneath both. No message is
+sent per bucket: that took longer than copying one.
+
 The memory is anonymous (memfd): no file system holds a name for it, so it is gone with the last process that has it
 open, however that process ends. Other processes of the same user open it as /proc/PID/fd/FD.
 """
@@ -11,12 +14,15 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import xxhash
 
-NUM_SLOTS = 4  # one is written, one is ready, and an engine has two: one that it reads and the next
+from tandem.engine.types import TensorMeta, WeightSink
+
+NUM_SLOTS = 4  # one is written, one is read, and two are ready, so that neither side waits for the other's every bucket
 _LINE = 8  # int64 per rank: one cache line, so that ranks do not slow each other down
 _YIELDS = 20  # turns of a wait that only yield the core; more would keep it from those that are waited for
 _SLEEP_S = 20e-6
@@ -40,6 +46,58 @@ class SharedMemoryHandle:
     pid: int
     control: int
     slots: tuple[int, ...]  # file descriptors in process `pid`
+
+
+class BucketSlice(NamedTuple):
+    """Bytes [tensor_start, tensor_start + num_bytes) of a tensor, lying at bucket_start in a bucket."""
+
+    name: str
+    tensor_start: int
+    num_bytes: int
+    bucket_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class BucketStream:
+    """What a rollout engine is told once, and takes over every swap with: where the buckets are and what lies in them.
+
+    Buckets of a swap have tickets, which rise over all swaps: `first_ticket`, `first_ticket + 1`, …. Bucket n may be read once the
+    CHECKSUMMED counter of all `ranks` has reached its ticket, and its slot is given back by the LOADED counter of `leader`.
+    """
+
+    tensors: tuple[TensorMeta, ...]
+    buckets: tuple[tuple[BucketSlice, ...], ...]
+    ranks: tuple[int, ...]
+    pids: Mapping[int, int]
+    bucket_bytes: int
+    handle: SharedMemoryHandle
+    leader: int  # the rank that leads the engine
+    timeout_s: float  # of every wait for a bucket
+
+    @property
+    def max_entries(self) -> int:
+        return max(map(len, self.buckets))
+
+
+class PendingTransfer(Protocol):
+    """The buckets of one swap, which an engine is taking over."""
+
+    def check(self) -> None:
+        """Raises: EngineDiedError if the engine's process is gone. Costs next to nothing: asked while waiting."""
+        ...
+
+    def wait(self) -> None:
+        """Return once every checksum held. Raises: WeightTransferError naming bucket and tensor; PeerFailed if a rank failed."""
+        ...
+
+
+@runtime_checkable
+class StreamingWeightSink(WeightSink, Protocol):
+    """A sink that watches the buckets' counters itself."""
+
+    def receive(self, stream: BucketStream, policy_version: int, *, swap: int, first_ticket: int) -> PendingTransfer:
+        """Begin a transaction and take over all its buckets as they are written. `swap` is what FAILED is set to if it fails."""
+        ...
 
 
 class SharedBuckets:
@@ -70,7 +128,7 @@ class SharedBuckets:
         self._counters = control[: counter_bytes // 8].reshape(len(ranks), _LINE)
         self.checksums = control[counter_bytes // 8 :].view(np.uint64).reshape(NUM_SLOTS, max_entries)
         self.slots = [torch.frombuffer(mmap.mmap(fd, bucket_bytes), dtype=torch.uint8) for fd in self._fds[1:]]
-        self._memories = [slot.numpy().data for slot in self.slots]
+        self.memories: list[memoryview] = [slot.numpy().data for slot in self.slots]
         # A pidfd becomes readable when its process ends, also as a zombie.
         self._peers = {os.pidfd_open(pids[rank]): rank for rank in ranks if pids[rank] != os.getpid()}
         self._poll, self._poll_lock = select.poll(), threading.Lock()
@@ -87,7 +145,7 @@ class SharedBuckets:
 
     def checksum(self, slot: int, start: int, num_bytes: int) -> int:
         """xxh3-64 of bytes of a slot."""
-        return xxhash.xxh3_64_intdigest(self._memories[slot][start : start + num_bytes])
+        return xxhash.xxh3_64_intdigest(self.memories[slot][start : start + num_bytes])
 
     def publish(self, rank: int, counter: int, value: int) -> None:
         """Let the others see `value`, and everything that was written to the slots before."""
@@ -98,8 +156,18 @@ class SharedBuckets:
         """The value that `rank` published last."""
         return int(self._counters[self._index[rank], counter])
 
-    def wait(self, ranks: Collection[int], counter: int, value: int, *, swap: int, timeout_s: float, waited_for: str) -> None:
-        """Wait until the counter of each of `ranks` has reached `value`.
+    def wait(
+        self,
+        ranks: Collection[int],
+        counter: int,
+        value: int,
+        *,
+        swap: int,
+        timeout_s: float,
+        waited_for: str,
+        check_also: Callable[[], None] | None = None,
+    ) -> None:
+        """Wait until the counter of each of `ranks` has reached `value`; `check_also` is called now and then, and may raise.
 
         Raises: PeerFailed if a rank of the node marked `swap` as failed, PeerLost if one died, TimeoutError after `timeout_s`.
         """
@@ -113,6 +181,8 @@ class SharedBuckets:
             if (failed == swap).any():
                 raise PeerFailed
             self.check_peers()
+            if check_also is not None:
+                check_also()
 
         def expired() -> str:
             late = [rank for rank in ranks if column[self._index[rank]] < value]

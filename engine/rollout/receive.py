@@ -1,0 +1,222 @@
+"""The child's side of a swap: versions of the weights arrive in transactions, each byte verified, and are exchanged at `commit`."""
+
+import mmap
+import os
+from collections.abc import Sequence
+
+import torch
+import xxhash
+
+from tandem.engine.buckets import CHECKSUMMED, FAILED, LOADED, NUM_SLOTS, BucketSlice, BucketStream, PeerFailed, SharedBuckets
+from tandem.engine.rollout.architecture import Architecture
+from tandem.engine.rollout.weights import ModelWeights
+from tandem.engine.types import BucketEntry, TensorMeta, WeightTransferError
+
+_MAX_MAPPINGS = 16  # of buckets; a sender has a few, and a restarted one brings new files
+
+Move = tuple[memoryview, memoryview]  # (destination, source) of one slice
+
+
+class WeightStore:
+    """Receives versions in transactions (the child's side of `WeightSink`).
+
+    `commit` exchanges the serving and the receiving copy: nothing is allocated after the second swap.
+    """
+
+    def __init__(self, architecture: Architecture, dtype: torch.dtype) -> None:
+        self.architecture = architecture
+        self.dtype = dtype
+        self.serving: ModelWeights | None = None
+        self._spare: ModelWeights | None = None
+        self._receiving: ModelWeights | None = None
+        self._received: dict[str, list[tuple[int, int]]] = {}  # name: byte ranges [start, end)
+        self._failed = False
+        self._mappings = _Mappings()
+        self._stream: _OpenStream | None = None
+
+    def prepare(self, policy_version: int, tensors: Sequence[TensorMeta]) -> None:
+        """Begin a transaction. Raises: WeightTransferError naming the tensor that is not the model's."""
+        _check_tensors(self.architecture.tensor_shapes(), self.dtype, tensors)
+        self._begin(policy_version)
+
+    def _begin(self, policy_version: int) -> ModelWeights:
+        self.rollback()
+        self._receiving = self._spare or ModelWeights(self.architecture, self.dtype)
+        self._spare = None
+        self._receiving.policy_version = policy_version
+        self._received = {name: [] for name in self._receiving.named}
+        self._failed = False
+        return self._receiving
+
+    def receive(self, stream: BucketStream | None, policy_version: int, swap: int, first_ticket: int) -> None:
+        """A whole transaction but for its `commit`: see `StreamingWeightSink.receive`. `stream` None: the one before.
+
+        Raises: WeightTransferError naming bucket and tensor; PeerFailed if a rank failed; TimeoutError; PeerLost.
+        """
+        if stream is not None:
+            if self._stream is not None:
+                self._stream.close()
+                self._stream = None
+            _check_tensors(self.architecture.tensor_shapes(), self.dtype, stream.tensors)
+            self._stream = _OpenStream(stream)
+        assert self._stream is not None, "the first swap brings the stream"
+        receiving = self._begin(policy_version)
+        self._failed = True  # until every checksum held
+        self._stream.take_over(receiving, swap, first_ticket)
+        self._received = self._stream.covers
+        self._failed = False
+
+    def load(self, path: str, entries: Sequence[BucketEntry]) -> None:
+        """Copy one bucket straight into place and verify what arrived, entry by entry while it is in the cache."""
+        if self._receiving is None:
+            raise WeightTransferError(f"bucket {path} came outside a transaction; call prepare first")
+        self._failed = True
+        try:
+            bucket = self._mappings.open(path)
+        except OSError as error:
+            raise WeightTransferError(f"bucket {path} cannot be opened: {error}") from error
+        for entry in entries:
+            self._load_entry(path, bucket, self._receiving, entry)
+        self._failed = False
+
+    def _load_entry(self, path: str, bucket: memoryview, receiving: ModelWeights, entry: BucketEntry) -> None:
+        end = entry.tensor_start + entry.num_bytes
+        tensor = receiving.bytes.get(entry.name)
+        if tensor is None:
+            raise WeightTransferError(f"bucket {path}: tensor {entry.name} is not one of the model")
+        if entry.tensor_start < 0 or end > tensor.nbytes:
+            raise WeightTransferError(f"bucket {path}: bytes {entry.tensor_start}:{end} of tensor {entry.name}, which has {tensor.nbytes}")
+        if entry.num_bytes == 0:
+            return
+        source = bucket[entry.bucket_start : entry.bucket_start + entry.num_bytes]
+        if len(source) < entry.num_bytes:
+            raise WeightTransferError(f"bucket {path} ends within tensor {entry.name}: {len(source)} of {entry.num_bytes} bytes")
+        wrong = _move((tensor[entry.tensor_start : end], source), entry.checksum)
+        if wrong:
+            raise WeightTransferError(f"bucket {path}: tensor {entry.name}, bytes {entry.tensor_start}:{end}: {wrong}")
+        self._received[entry.name].append((entry.tensor_start, end))
+
+    def commit(self) -> int:
+        """Flip. Returns the new policy version. Raises: WeightTransferError naming the first incomplete tensor."""
+        if self._receiving is None:
+            raise WeightTransferError("commit outside a transaction; call prepare first")
+        if self._failed:
+            raise WeightTransferError("commit after a bucket that failed; roll back")
+        for name, tensor in self._receiving.named.items():
+            covered = 0
+            for start, end in sorted(self._received[name]):
+                if start > covered:
+                    break
+                covered = max(covered, end)
+            if covered < tensor.nbytes:
+                raise WeightTransferError(f"tensor {name} is incomplete: byte {covered} of {tensor.nbytes} never came")
+        self._receiving.finish()
+        self._spare, self.serving, self._receiving = self.serving, self._receiving, None
+        return self.serving.policy_version
+
+    def rollback(self) -> None:
+        """Forget the transaction, if there is one."""
+        if self._receiving is not None:
+            self._spare, self._receiving = self._receiving, None
+
+
+class _OpenStream:
+    """A stream with its memory mapped, and what to copy where for each of the two copies of the weights."""
+
+    def __init__(self, stream: BucketStream) -> None:
+        self._stream = stream
+        self._shared = SharedBuckets(stream.ranks, stream.pids, stream.bucket_bytes, stream.max_entries, stream.handle)
+        self._moves: list[tuple[ModelWeights, list[list[Move]]]] = []  # of at most two copies
+        self.covers: dict[str, list[tuple[int, int]]] = {meta.name: [] for meta in stream.tensors}
+        for bucket in stream.buckets:
+            for part in bucket:
+                self.covers[part.name].append((part.tensor_start, part.tensor_start + part.num_bytes))
+
+    def take_over(self, receiving: ModelWeights, swap: int, first_ticket: int) -> None:
+        """Copy and verify every bucket as it comes. Where that fails, the ranks see it at once."""
+        stream, shared, where = self._stream, self._shared, ""
+        try:
+            for number, moves in enumerate(self._moves_into(receiving)):
+                where = f"bucket {number} of {len(stream.buckets)}"
+                waited_for = f"write bucket {number}"
+                ticket, slot = first_ticket + number, number % NUM_SLOTS
+                shared.wait(stream.ranks, CHECKSUMMED, ticket, swap=swap, timeout_s=stream.timeout_s, waited_for=waited_for)
+                for index, (move, checksum) in enumerate(zip(moves, shared.checksums[slot, : len(moves)].tolist(), strict=True)):
+                    wrong = _move(move, checksum)
+                    if wrong:
+                        part = stream.buckets[number][index]
+                        where = f"{where}, tensor {part.name}, bytes {part.tensor_start}:{part.tensor_start + part.num_bytes}"
+                        raise WeightTransferError(wrong)
+                shared.publish(stream.leader, LOADED, ticket)
+        except PeerFailed:
+            raise
+        except Exception as error:
+            shared.publish(stream.leader, FAILED, swap)
+            raise WeightTransferError(f"{where}: {error}") from error
+
+    def _moves_into(self, weights: ModelWeights) -> list[list[Move]]:
+        for known, moves in self._moves:
+            if known is weights:
+                return moves
+        moves = [[self._move(weights, number % NUM_SLOTS, part) for part in bucket] for number, bucket in enumerate(self._stream.buckets)]
+        self._moves.append((weights, moves))
+        return moves
+
+    def _move(self, weights: ModelWeights, slot: int, part: BucketSlice) -> Move:
+        source = self._shared.memories[slot][part.bucket_start : part.bucket_start + part.num_bytes]
+        return weights.bytes[part.name][part.tensor_start : part.tensor_start + part.num_bytes], source
+
+    def close(self) -> None:
+        self._shared.close()
+
+
+def _move(move: Move, checksum: int) -> str:
+    """Copy, and return what is wrong with what arrived ("" if nothing)."""
+    target, source = move
+    target[:] = source  # libc's copy: half the time of torch's and of preadv
+    arrived = xxhash.xxh3_64_intdigest(target)
+    return "" if arrived == checksum else f"checksum {arrived:016x} arrived, {checksum:016x} was sent"
+
+
+class _Mappings:
+    """Buckets stay mapped between loads: filling page tables takes longer than copying."""
+
+    def __init__(self) -> None:
+        self._mapped: dict[str, tuple[tuple[int, ...], memoryview]] = {}
+
+    def open(self, path: str) -> memoryview:
+        """The file's present content. Raises: OSError if it cannot be opened."""
+        status = os.stat(path)
+        identity = (status.st_dev, status.st_ino, status.st_size)
+        known, memory = self._mapped.get(path, (None, memoryview(b"")))
+        if known != identity:
+            memory = self._map(path)
+            self._mapped.pop(path, None)
+            if len(self._mapped) == _MAX_MAPPINGS:
+                del self._mapped[next(iter(self._mapped))]
+            self._mapped[path] = identity, memory
+        return memory
+
+    def _map(self, path: str) -> memoryview:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            if not (size := os.fstat(file).st_size):
+                return memoryview(b"")
+            return memoryview(mmap.mmap(file, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ))
+        finally:
+            os.close(file)
+
+
+def _check_tensors(expected: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Sequence[TensorMeta]) -> None:
+    got = {tensor.name for tensor in tensors}
+    missing = [name for name in expected if name not in got]
+    if missing:
+        raise WeightTransferError(f"{len(missing)} tensors of the model are missing, the first is {missing[0]}")
+    for tensor in tensors:
+        shape = expected.get(tensor.name)
+        if shape is None:
+            raise WeightTransferError(f"tensor {tensor.name} is not one of the model")
+        if tuple(tensor.shape) != shape:
+            raise WeightTransferError(f"tensor {tensor.name} has shape {list(tensor.shape)}; the model has {list(shape)}")
+        if tensor.dtype != dtype:
+            raise WeightTransferError(f"tensor {tensor.name} is {tensor.dtype}; the model is {dtype}")

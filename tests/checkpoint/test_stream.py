@@ -1,0 +1,134 @@
+"""Swaps into real rollout engines, which watch the buckets themselves, and what is left when something fails on either side."""
+
+import os
+import re
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tandem.engine import buckets
+from tandem.engine.checkpoint.swap import WeightSwap
+from tandem.engine.config import RolloutConfig, SwapConfig
+from tandem.engine.rollout.embedded import EmbeddedEngine
+from tandem.engine.types import GenerationRequest, WeightTransferError
+from tests.checkpoint.test_names import DENSE as SIZES
+from tests.checkpoint.test_swap import Source, group
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+PUBLISH = buckets.SharedBuckets.publish
+DENSE = SIZES | {"max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
+
+
+def start_engine(timeout_s: float) -> EmbeddedEngine:
+    return EmbeddedEngine(DENSE, RolloutConfig(), dtype="float32", context_length=16, stop_token_ids=(), num_threads=1, timeout_s=timeout_s)
+
+
+def served(engine: EmbeddedEngine) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """What the engine makes of a prompt: other weights give other log-probs."""
+    request = GenerationRequest(request_id="0", token_ids=(1, 2, 3), num_prefix_tokens=0, max_new_tokens=4, seed=1, temperature=0.0)
+    (completion,) = engine.generate([request])
+    return completion.token_ids, completion.logprobs
+
+
+def swap_with(fault: str) -> dict[str, Any]:
+    """Version 0 is served; the swap to 1 meets the fault on rank 1; then one more swap succeeds where both engines still live."""
+    rank = dist.get_rank()
+    timeout_s = 12.0 if fault == "engine hangs" else 20.0
+    source, engine = Source(DENSE, (2, 1, 1, 1), rank), start_engine(timeout_s)
+    swap = WeightSwap(source, engine, SwapConfig(bucket_bytes=4096, timeout_s=timeout_s), control_group=group())
+    with swap.serving(0):
+        before = served(engine)
+    source.set_version(1)
+    if fault == "none":
+        with swap.serving(1):
+            after = served(engine)
+        engine.restart()  # a fresh child has to be told of the stream again
+        with swap.serving(1):
+            again = served(engine)
+        engine.close()
+        return {"before": before, "after": after, "again": again}
+    if rank == 1:
+        disturb(fault, engine)
+    start = time.monotonic()
+    with pytest.raises(WeightTransferError) as failure, swap.serving(1):
+        raise AssertionError("the block must not be entered")
+    assert time.monotonic() - start < 30
+    buckets.SharedBuckets.publish = PUBLISH
+    if engine.is_alive:
+        assert engine.policy_version == 0
+        assert served(engine) == before
+    else:
+        engine.restart()
+    with swap.serving(1):
+        assert served(engine) != before
+    engine.close()
+    swap.close()
+    return {"error": str(failure.value)}
+
+
+def disturb(fault: str, engine: EmbeddedEngine) -> None:
+    """Make this rank's part of the next swap fail."""
+    if fault == "bit flips":  # between the checksum and the engine
+
+        def publish(self: buckets.SharedBuckets, rank: int, counter: int, value: int) -> None:
+            if counter == buckets.CHECKSUMMED:
+                for slot in self.slots:
+                    slot[0] ^= 1
+            PUBLISH(self, rank, counter, value)
+
+        buckets.SharedBuckets.publish = publish
+    elif fault == "writer":
+
+        def publish(self: buckets.SharedBuckets, rank: int, counter: int, value: int) -> None:
+            if counter == buckets.WRITTEN:
+                raise MemoryError("no memory left")
+            PUBLISH(self, rank, counter, value)
+
+        buckets.SharedBuckets.publish = publish
+    elif fault == "engine dies":
+        os.kill(engine.pid, signal.SIGKILL)
+    elif fault == "engine hangs":
+        os.kill(engine.pid, signal.SIGSTOP)
+
+
+def test_engines_have_each_version_and_a_restarted_one_is_filled_again() -> None:
+    results = run_ranks(swap_with, 2, "none")
+    assert results[0] == results[1], "both engines have the same weights"
+    assert results[0]["before"] != results[0]["after"] == results[0]["again"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("bit flips", r"rank \d, its engine: bucket \d+ of \d+, tensor \S+, bytes \d+:\d+: checksum [0-9a-f]{16} arrived"),
+        (
+            "writer",
+            r"rank 1, bucket 0 of \d+, tensor \S+: MemoryError: no memory left",
+        ),
+        ("engine dies", r"rank 1, (prepare|its engine): .*died"),
+        ("engine hangs", r"rank 1, its engine: .*did not answer 'receive' within 12 s"),
+    ],
+)
+def test_a_fault_on_either_side_leaves_the_old_version_everywhere(fault: str, message: str) -> None:
+    errors = {result["error"] for result in run_ranks(swap_with, 2, fault)}
+    assert len(errors) == 1, "all ranks raise the same"
+    assert re.search(message, errors.pop(), re.DOTALL)
+
+
+def test_a_stream_of_another_model_is_refused() -> None:
+    assert "has shape" in run_ranks(swap_another_model, 1)[0]
+
+
+def swap_another_model() -> str:
+    wider = DENSE | {"vocab_size": DENSE["vocab_size"] * 2}
+    engine = start_engine(20.0)
+    swap = WeightSwap(Source(wider, (1, 1, 1, 1), 0), engine, SwapConfig(timeout_s=20), control_group=group())
+    with pytest.raises(WeightTransferError) as failure, swap.serving(0):
+        pass
+    engine.close()
+    return str(failure.value)
