@@ -262,8 +262,13 @@ class CheckpointConfig:
     """Iterations between checkpoints; the last iteration is always saved. 0: only the last."""
     keep: int = 2
     """How many checkpoints are kept."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in host memory: as much as a rank saves (weights and twice the same again in float32)."""
+    timeout_s: float = 1800.0
+    """A checkpoint that is not written by then has failed, and the run stops; in seconds."""
 
     def __post_init__(self) -> None:
+        check(self.timeout_s > 0, "checkpoint.timeout_s", self.timeout_s, "it must be positive")
         check(self.every >= 0, "checkpoint.every", self.every, "it must not be negative (0 saves only the last)")
         check(self.keep >= 1, "checkpoint.keep", self.keep, "it must be at least 1")
 
@@ -323,6 +328,10 @@ class RunConfig:
     """Everything random is a hash of this and of what it is for."""
     timeout_s: float = 86400.0
     """Deadline of every wait between ranks outside a swap, in seconds: longer than the longest rollout phase."""
+    watchdog_s: float = 3600.0
+    """How long a rank may show no progress (a phase, a finished group, a supervised step) before it counts as hanging, in seconds."""
+    grace_s: float = 25.0
+    """How long the run may go on after SIGTERM, in seconds: less than the launcher waits before it kills (torchrun: 30)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -343,7 +352,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         check(self.steps >= 0, "steps", self.steps, "it must not be negative")
         check(self.seed >= 0, "seed", self.seed, "it must not be negative")
-        check(self.timeout_s > 0, "timeout_s", self.timeout_s, "it must be positive")
+        for name in ("timeout_s", "watchdog_s"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
+        check(self.grace_s >= 0, "grace_s", self.grace_s, "it must not be negative (0 ends the run at once)")
         if self.loss.variant == "rest":
             rule = "loss.variant=rest fits correct responses as they are and would ignore it; set it to 0"
             check(self.length_penalty.weight == 0, "length_penalty.weight", self.length_penalty.weight, rule)

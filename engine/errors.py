@@ -1,4 +1,6 @@
-"""Bad input ends a command with one line and status 2; a mistake of ours, with a traceback."""
+"""Bad input ends a command with one line and status 2, what happens to a run with one line and status 1; a mistake of ours, with a
+traceback.
+"""
 
 import contextlib
 import sys
@@ -6,14 +8,24 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
+from tandem.engine.types import CheckpointError
+
 # What rank 0 gets to print an error that all ranks have, and to end; torchrun then ends the others in a fraction of a second.
 RANK_0_FIRST_S = 5.0
 
 
-def fail(message: str) -> NoReturn:
-    """Print "error: …" and exit with status 2."""
+class RunEnded(RuntimeError):
+    """The run cannot go on, for a reason outside of it: the disk is full, another rank is gone. What is saved stays."""
+
+
+class Stopped(SystemExit):
+    """SIGTERM: everything is saved, and all ranks leave together."""
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Print "error: …" and exit."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 @contextlib.contextmanager
@@ -25,6 +37,8 @@ def clear_errors(rank: int = 0) -> Iterator[None]:
     """
     try:
         yield
+    except (RunEnded, CheckpointError) as error:
+        fail(str(error), status=1)
     except (ValueError, FileNotFoundError) as error:
         if not _raised_by_us(error):
             raise

@@ -12,7 +12,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,27 @@ class RunLog:
         run_dir: the run folder; made if missing.
         rank, num_ranks: of the whole run.
         num_steps: iterations of the run, for the time left.
+        on_progress: called with the open phase ("" between phases) whenever a phase begins, gets further, or ends in order.
     Raises: RuntimeError when wandb_project is set and wandb is not installed.
     """
 
-    def __init__(self, run_dir: Path, *, rank: int, num_ranks: int, config: LogConfig, num_steps: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        rank: int,
+        num_ranks: int,
+        config: LogConfig,
+        num_steps: int,
+        on_progress: Callable[[str], None] | None = None,
+    ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
         self._rank = rank
         self._num_ranks = num_ranks
         self._config = config
         self._num_steps = num_steps
+        self._on_progress = on_progress
         self._trace = TraceWriter(run_dir / "trace", rank)
         self._phases: list[str] = []  # open phases, the innermost last
         self._phase_ns: dict[str, int] = {}  # nanoseconds of this step that are booked on each phase
@@ -62,6 +73,7 @@ class RunLog:
         start_ns = self._book()
         self._phases.append(name)
         self._display.phase(name)
+        self._progressed()
         try:
             yield args
         finally:
@@ -69,6 +81,7 @@ class RunLog:
             self._phases.pop()
             self._trace.complete(name, start_ns, end_ns, args)
             self._display.phase(self._phases[-1] if self._phases else "")
+        self._progressed()
 
     def event(self, name: str, **args: Any) -> None:
         """Mark this moment in the trace."""
@@ -81,6 +94,7 @@ class RunLog:
     def progress(self, phase: str, completed: float, total: float) -> None:
         """Show how far a phase is: groups finished, updates done. Cheap enough for every one of them."""
         self._display.progress(phase, completed, total)
+        self._progressed()
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, above the bars."""
@@ -192,6 +206,10 @@ class RunLog:
             self._wandb.finish()
         if self._rank == 0:
             merge_trace(self._run_dir / "trace", self._run_dir / TRACE_FILE)
+
+    def _progressed(self) -> None:
+        if self._on_progress is not None:
+            self._on_progress(self._phases[-1] if self._phases else "")
 
     def _book(self) -> int:
         """Count the time since the last call as the innermost open phase's, and return time.perf_counter_ns()."""

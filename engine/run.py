@@ -16,12 +16,15 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from tandem.engine.causes import cause_outside
 from tandem.engine.config import RunConfig, check
 from tandem.engine.data.sampler import PromptSampler
+from tandem.engine.errors import RunEnded, Stopped
 from tandem.engine.hardware import describe_hardware, explain
 from tandem.engine.log import RunLog
 from tandem.engine.rollout.budget import new_group
 from tandem.engine.types import Group, Prompt
+from tandem.engine.watchdog import HANG_FILE, Watchdog
 
 
 def launched_rank() -> int:
@@ -87,19 +90,47 @@ class Run:
         group = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(group, dist.ProcessGroup)
         self.control = group
-        self.log = RunLog(self.dir, rank=self.rank, num_ranks=self.num_ranks, config=self.config.log, num_steps=self.config.steps)
+        self.watchdog = self._start_watchdog()
+        self.log = RunLog(
+            self.dir,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+            config=self.config.log,
+            num_steps=self.config.steps,
+            on_progress=self.watchdog.note,
+        )
         if self.rank == 0:
             for line in explain(self.hardware, self.config):
                 print(line, flush=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
+        reason = ""
+        if error is None or isinstance(error, Stopped):
             self.log.flush()
             dist.barrier(group=self.control)  # rank 0 then merges the traces of all
-        self.log.close()
+        elif isinstance(error, Exception):
+            reason = cause_outside(error, self.rank, self.dir, self.watchdog)
+        self.watchdog.close()
+        try:
+            self.log.close()
+        except OSError:
+            if error is None:
+                raise
         if self._owns_process_group:
             dist.destroy_process_group()
+        if reason:
+            raise RunEnded(reason) from error
+
+    def _start_watchdog(self) -> Watchdog:
+        logs = self.dir / "logs"
+        watchdog = Watchdog(logs, rank=self.rank, watchdog_s=self.config.watchdog_s, grace_s=self.config.grace_s)
+        if self.rank == 0:
+            (logs / HANG_FILE).unlink(missing_ok=True)
+        node = self.rank // self.ranks_per_node
+        pids = dict(enumerate(self.gather(os.getpid())))
+        watchdog.start({rank: pid for rank, pid in pids.items() if rank // self.ranks_per_node == node}, self.num_ranks)
+        return watchdog
 
     def save_config(self) -> None:
         """Write config.json. A collective; refuses to go on with another run's checkpoints.
@@ -125,7 +156,9 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The iterations still to do."""
-        yield from range(self.first_step, self.config.steps)
+        for step in range(self.first_step, self.config.steps):
+            self.watchdog.note("", iteration=step)
+            yield step
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -142,6 +175,12 @@ class Run:
         total = torch.tensor(value, dtype=torch.int64)
         dist.all_reduce(total, group=self.control)
         return int(total)
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on some rank."""
+        some = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(some, dist.ReduceOp.MAX, group=self.control)
+        return [bool(flag) for flag in some]
 
     def share(self, total: int | None) -> int | None:
         """This leader's part of a number that holds for all ranks; the parts sum to it."""

@@ -41,8 +41,3 @@ def transaction(database: sqlite3.Connection) -> Iterator[None]:
         if database.in_transaction:  # SQLite ends it by itself when the disk is full
             database.execute("ROLLBACK")
         raise
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether SQLite could not write for want of space."""
-    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)

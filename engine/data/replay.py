@@ -13,7 +13,7 @@ from typing import Literal
 
 import xxhash
 
-from tandem.engine.data.database import is_disk_full, open_database, transaction
+from tandem.engine.data.database import open_database, transaction
 from tandem.engine.data.group_bytes import group_from_bytes, group_to_bytes
 from tandem.engine.types import Group
 
@@ -46,7 +46,7 @@ class ReplayBuffer:
             probe = "SELECT row_id, kind, created, consumed, payload, checksum FROM groups LIMIT 0"
             self._database = open_database(self.path, SCHEMA, probe)
         except sqlite3.DatabaseError as error:
-            if is_disk_full(error):
+            if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
                 raise
             raise ValueError(f"{self.path} is no replay buffer ({error}); delete it, or give another run folder") from error
 
