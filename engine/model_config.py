@@ -147,6 +147,12 @@ class TrainerConfig:
     """Reduce gradients while the backward pass still runs."""
     moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach their experts."""
+    moe_aux_loss_coef: float = 0.0
+    """Weight of the experts' balance loss (DeepSeek-V3's: of every sequence; summed over layers, averaged over sequences)."""
+    moe_bias_update_rate: float = 0.0
+    """How far each expert's bias moves towards balance after an optimizer step (DeepSeek-V3; models with such biases); 0 keeps them."""
+    replay_routing: bool = False
+    """Send response tokens to the experts that the rollout engine chose for them, where it recorded them."""
     updates_per_iteration: int = 4
     """Optimizer steps on the responses of one iteration (not given in the paper)."""
     reset_optimizer: bool = True
@@ -156,6 +162,8 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check(self.microbatch_tokens >= 1, "trainer.microbatch_tokens", self.microbatch_tokens, "it must be at least 1")
         check(self.updates_per_iteration >= 1, "trainer.updates_per_iteration", self.updates_per_iteration, "it must be at least 1")
+        for name in ("moe_aux_loss_coef", "moe_bias_update_rate"):
+            check(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "it must not be negative (0 turns it off)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,55 +1,23 @@
 """One name map between Megatron parameters and Hugging Face tensors, used in both directions.
 
-A family is a list of `Row`s. A row says under which Hugging Face names a Megatron parameter is stored and how tensor
+A model is a list of `Row`s (families.py). A row says under which Hugging Face names a Megatron parameter is stored and how tensor
 parallelism cuts it. For one shard the map gives *views* into the local tensor, each beside the region of the Hugging Face
 tensor that it holds: export copies view to region, import copies region to view, so both directions are the same rows
 and bitwise inverse.
-
-To add a family: write its rows and its sizes, and add a line to `FAMILIES`.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from tandem.engine.architecture import Architecture
+from tandem.engine.checkpoint.families import Row, rows_of, sizes_of
 from tandem.engine.types import TensorMeta, WeightShard
 
 Region = tuple[tuple[int, int], ...]  # (start, stop) of every dimension of a Hugging Face tensor
-
-Cut = Literal["whole", "vocabulary", "columns", "qkv", "glu"]
-"""How a Megatron parameter lies on its tensor-parallel ranks.
-
-whole: every rank holds all of it. vocabulary: rows in equal parts, padded at the end. columns: dimension 1 in equal parts.
-qkv: rows interleaved per key/value group as [queries, key, value], then cut into equal parts.
-glu: [gate; up], each half cut into equal parts.
-"""
-
-Where = Literal["model", "tied", "untied", "layer", "dense_layer", "moe_layer"]
-"""Which models and layers have a row; tied and untied refer to the embedding and the output matrix."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One Megatron parameter and what it is on disk.
-
-    `hf` pairs each Hugging Face name with its shape in named sizes. `{layer}` and `{expert}` stand for global indices.
-    """
-
-    megatron: str
-    cut: Cut
-    hf: tuple[tuple[str, tuple[str, ...]], ...]
-    where: Where
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """The rows of a model type and the sizes that they speak of."""
-
-    rows: tuple[Row, ...]
-    sizes: Callable[[Mapping[str, Any]], dict[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,29 +72,29 @@ class NameMap:
 
     Args:
         hf_config: the model's config.json as a dictionary.
-    Raises: ValueError for an unknown model type or a config that lacks a size.
+    Raises: ValueError for a model that `Architecture.from_hf` refuses.
     """
 
     def __init__(self, hf_config: Mapping[str, Any]) -> None:
-        model_type = str(hf_config.get("model_type"))
-        if model_type not in FAMILIES:
-            raise ValueError(f"model_type {model_type!r} is not known; known are {', '.join(sorted(FAMILIES))}")
-        family = FAMILIES[model_type]
-        self.model_type = model_type
-        self.sizes = family.sizes(hf_config)
-        self._moe_layers = _moe_layers(hf_config, self.sizes)
-        self._tied = bool(hf_config.get("tie_word_embeddings", False))
-        self._rows = [row for row in family.rows if row.where not in ("tied", "untied") or (row.where == "tied") == self._tied]
+        architecture = Architecture.from_hf(hf_config)
+        self.model_type = architecture.model_type
+        self.sizes = sizes_of(architecture)
+        self._sparse_layers = architecture.sparse_layers
+        self._rows = rows_of(architecture)
         self._patterns = [(re.compile(_pattern(row.megatron)), row) for row in self._rows]
 
     def tensors(self, dtype: torch.dtype) -> list[TensorMeta]:
-        """Every tensor of the model as it lies on disk, in a fixed order; shapes from the config."""
+        """Every tensor of the model as it lies on disk, in a fixed order; shapes from the config.
+
+        Args:
+            dtype: of all tensors but those that have a type of their own.
+        """
         metas: dict[str, TensorMeta] = {}
         for row in self._rows:
             for hf_name, dims in row.hf:
                 for index in self._indices(row):
                     name = hf_name.format(**index)
-                    metas.setdefault(name, TensorMeta(name=name, shape=self._shape(dims), dtype=dtype))
+                    metas.setdefault(name, TensorMeta(name=name, shape=self._shape(dims), dtype=row.dtype or dtype))
         return list(metas.values())
 
     def views(self, shard: WeightShard) -> list[HFView]:
@@ -164,6 +132,13 @@ class NameMap:
                 require(num_local, *rest)
                 start, stop = (min(num_rows, bound * num_local) for bound in (rank, rank + 1))
                 return [HFView(names[0], shapes[0], ((start, stop), *inner), local[: stop - start])] if stop > start else []
+            case "rows":
+                num_rows, *rest = shapes[0]
+                part = num_rows // size
+                if part * size != num_rows:
+                    raise ValueError(f"{shard.name}: tp={size} does not divide {num_rows} rows")
+                require(part, *rest)
+                return [HFView(names[0], shapes[0], ((rank * part, (rank + 1) * part), *inner), local)]
             case "columns":
                 num_rows, num_columns, *rest = shapes[0]
                 width = num_columns // size
@@ -220,10 +195,8 @@ class NameMap:
 
     def _indices(self, row: Row) -> "_Indices":
         layers = range(self.sizes["layers"])
-        if row.where == "moe_layer":
-            layers = [layer for layer in layers if layer in self._moe_layers]
-        elif row.where == "dense_layer":
-            layers = [layer for layer in layers if layer not in self._moe_layers]
+        if row.where in ("moe_layer", "dense_layer"):
+            layers = [layer for layer in layers if self._sparse_layers[layer] == (row.where == "moe_layer")]
         elif row.where != "layer":
             layers = None
         return _Indices(layers, range(self.sizes["experts"]) if "{expert}" in row.megatron else None)
@@ -247,87 +220,3 @@ class _Indices:
 
 def _pattern(name: str) -> str:
     return re.escape(name).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)")
-
-
-def _moe_layers(hf_config: Mapping[str, Any], sizes: Mapping[str, int]) -> frozenset[int]:
-    """Layers whose feed-forward is a mixture of experts (transformers: decoder_sparse_step, mlp_only_layers)."""
-    if not sizes["experts"]:
-        return frozenset()
-    step, dense = hf_config.get("decoder_sparse_step", 1), hf_config.get("mlp_only_layers") or ()
-    return frozenset(layer for layer in range(sizes["layers"]) if layer not in dense and (layer + 1) % step == 0)
-
-
-def _qwen3_sizes(hf_config: Mapping[str, Any]) -> dict[str, int]:
-    """The sizes of Qwen3 and Qwen3-MoE; a dense model has 0 experts."""
-
-    def need(*keys: str) -> int:
-        for key in keys:
-            if hf_config.get(key) is not None:
-                return int(hf_config[key])
-        raise ValueError(f"the model's config has no {' or '.join(keys)}")
-
-    heads, hidden = need("num_attention_heads"), need("hidden_size")
-    head = need("head_dim") if hf_config.get("head_dim") is not None else hidden // heads
-    groups = need("num_key_value_heads") if hf_config.get("num_key_value_heads") is not None else heads
-    moe = hf_config["model_type"] == "qwen3_moe"
-    return {
-        "layers": need("num_hidden_layers"),
-        "vocab": need("vocab_size"),
-        "hidden": hidden,
-        "groups": groups,
-        "head": head,
-        "query": heads * head,
-        "key_value": groups * head,
-        "ffn": need("intermediate_size"),
-        # transformers 5 writes num_local_experts where the models on the hub have num_experts
-        "experts": need("num_experts", "num_local_experts") if moe else 0,
-        "expert_ffn": need("moe_intermediate_size") if moe else 0,
-    }
-
-
-_EMBEDDING = ("model.embed_tokens.weight", ("vocab", "hidden"))
-_M, _HF = "decoder.layers.{layer}.", "model.layers.{layer}."
-
-_ATTENTION_ROWS = (
-    Row("embedding.word_embeddings.weight", "vocabulary", (_EMBEDDING,), "model"),
-    Row("output_layer.weight", "vocabulary", (("lm_head.weight", ("vocab", "hidden")),), "untied"),
-    # with pp > 1 the last stage holds a copy of a tied embedding
-    Row("output_layer.weight", "vocabulary", (_EMBEDDING,), "tied"),
-    Row("decoder.final_layernorm.weight", "whole", (("model.norm.weight", ("hidden",)),), "model"),
-    Row(f"{_M}input_layernorm.weight", "whole", ((f"{_HF}input_layernorm.weight", ("hidden",)),), "layer"),
-    Row(
-        f"{_M}self_attention.linear_qkv.weight",
-        "qkv",
-        (
-            (f"{_HF}self_attn.q_proj.weight", ("query", "hidden")),
-            (f"{_HF}self_attn.k_proj.weight", ("key_value", "hidden")),
-            (f"{_HF}self_attn.v_proj.weight", ("key_value", "hidden")),
-        ),
-        "layer",
-    ),
-    Row(f"{_M}self_attention.q_layernorm.weight", "whole", ((f"{_HF}self_attn.q_norm.weight", ("head",)),), "layer"),
-    Row(f"{_M}self_attention.k_layernorm.weight", "whole", ((f"{_HF}self_attn.k_norm.weight", ("head",)),), "layer"),
-    Row(f"{_M}self_attention.linear_proj.weight", "columns", ((f"{_HF}self_attn.o_proj.weight", ("hidden", "query")),), "layer"),
-    Row(f"{_M}pre_mlp_layernorm.weight", "whole", ((f"{_HF}post_attention_layernorm.weight", ("hidden",)),), "layer"),
-)
-
-
-def _feed_forward_rows(megatron: str, hf: str, size: str, where: Where) -> tuple[Row, ...]:
-    """The two matrices of a gated feed-forward layer, dense or one expert."""
-    gate_up = tuple((f"{hf}{name}_proj.weight", (size, "hidden")) for name in ("gate", "up"))
-    return (
-        Row(f"{megatron}linear_fc1.weight", "glu", gate_up, where),
-        Row(f"{megatron}linear_fc2.weight", "columns", ((f"{hf}down_proj.weight", ("hidden", size)),), where),
-    )
-
-
-_DENSE_ROWS = _feed_forward_rows(f"{_M}mlp.", f"{_HF}mlp.", "ffn", "dense_layer")
-_MOE_ROWS = (
-    Row(f"{_M}mlp.router.weight", "whole", ((f"{_HF}mlp.gate.weight", ("experts", "hidden")),), "moe_layer"),
-    *_feed_forward_rows(f"{_M}mlp.experts.local_experts.{{expert}}.", f"{_HF}mlp.experts.{{expert}}.", "expert_ffn", "moe_layer"),
-)
-
-FAMILIES: Mapping[str, Family] = {
-    "qwen3": Family(_ATTENTION_ROWS + _DENSE_ROWS, _qwen3_sizes),
-    "qwen3_moe": Family(_ATTENTION_ROWS + _DENSE_ROWS + _MOE_ROWS, _qwen3_sizes),
-}

@@ -62,6 +62,14 @@ def rope(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> t
     return _Rope.apply(x_TND, cos_T1D, sin_T1D)
 
 
+def interleaved_rope(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
+    """As `rope` for pairs (x[2d], x[2d + 1]). The result has the first of every pair in its first half, the second in its second.
+
+    Queries and keys are laid out alike, so their products are those of the rotation in place.
+    """
+    return rope(x_TND.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), cos_T1D, sin_T1D)
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_T2F: torch.Tensor) -> torch.Tensor:

@@ -18,15 +18,17 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from tandem.engine.algo.pack import Microbatch, build_microbatch
+from tandem.engine.algo.pack import FILLER_ROW_ID, Microbatch, build_microbatch
+from tandem.engine.architecture import Architecture
 from tandem.engine.config import LossConfig, OptimizerConfig, TrainerConfig
 from tandem.engine.trainer import loss as losses
 from tandem.engine.trainer import optimizer as optimizers
-from tandem.engine.trainer.batch import LocalBatch, localise, num_local_tokens
+from tandem.engine.trainer.batch import LocalBatch, RoutingOptions, localise, num_local_tokens
 from tandem.engine.trainer.context_parallel import gather_replicated
-from tandem.engine.trainer.layers import check_hf_config, head_dim_of, inverse_frequencies, transformer_config
-from tandem.engine.trainer.mesh import Mesh, num_experts_of
+from tandem.engine.trainer.layers import transformer_config
+from tandem.engine.trainer.mesh import Mesh
 from tandem.engine.trainer.model import build_chunks, initialise, weight_shards
+from tandem.engine.trainer.router import routers_of, update_expert_biases
 from tandem.engine.trainer.state import set_num_steps, sharded_optimizer
 from tandem.engine.types import WeightShard
 
@@ -50,20 +52,22 @@ class MegatronTrainer:
         """Build model and optimizer.
 
         Args:
-            hf_config: config.json of a qwen3 or qwen3_moe.
+            hf_config: config.json of a model that `Architecture.from_hf` reads.
             temperature: of the rollout; log-probs are of the softmax over logits / temperature.
             seed: of the random weights; the same for every layout of the ranks. None leaves them unset: write into the tensors of
                 `weight_shards` and call `weights_changed`.
         Raises: ValueError for a model that the layers do not compute.
         """
-        check_hf_config(hf_config)
-        self._hf_config = dict(hf_config) | {"head_dim": head_dim_of(hf_config)}
+        self._hf_config, self._architecture = dict(hf_config), Architecture.from_hf(hf_config)
         self.mesh, self.config, self.loss = mesh, config, loss
         # All microbatches of a pass have one length where stages or experts cannot tell each other theirs.
-        self._one_length = mesh.config.vpp > 1 or (num_experts_of(hf_config) > 0 and config.moe_dispatcher == "allgather")
-        self._model_config = transformer_config(hf_config, mesh, config, variable_lengths=mesh.pp_size > 1 and not self._one_length)
-        self._inverse_frequencies_D = inverse_frequencies(hf_config, torch.empty(0, device=torch.cuda.current_device()).device)
-        self._chunks = build_chunks(self._model_config, hf_config, mesh, temperature)
+        self._one_length = mesh.config.vpp > 1 or (self._architecture.num_experts > 0 and config.moe_dispatcher == "allgather")
+        self._model_config = transformer_config(
+            self._architecture, mesh, config, variable_lengths=mesh.pp_size > 1 and not self._one_length
+        )
+        device = torch.empty(0, device=torch.cuda.current_device()).device
+        self._inverse_frequencies_D = self._architecture.rope.inverse_frequencies_D(device)
+        self._chunks = build_chunks(self._model_config, self._architecture, mesh, temperature)
         if seed is not None:
             initialise(self._chunks, mesh, seed)
         ddp_config = DistributedDataParallelConfig(
@@ -93,7 +97,7 @@ class MegatronTrainer:
 
     def weights_changed(self) -> None:
         """Take over weights that were written into the tensors of `weight_shards` (a tied output layer and master weights)."""
-        if self._hf_config["tie_word_embeddings"] and self.mesh.pp_size > 1:
+        if self._architecture.tie_word_embeddings and self.mesh.pp_size > 1:
             self._copy_tied_embedding()
         self._optimizer.reload_model_params()
 
@@ -193,6 +197,9 @@ class MegatronTrainer:
         """Gradient and optimizer step; (sums over all ranks, gradient norm before clipping)."""
         sums = self.accumulate_gradients(microbatches, objectives, what)
         _, grad_norm, _ = self._optimizer.step()
+        if self.config.moe_bias_update_rate:
+            holders: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+            update_expert_biases(routers_of(self._chunks), self.config.moe_bias_update_rate, holders)
         return sums, float(grad_norm)
 
     def accumulate_gradients(
@@ -202,6 +209,8 @@ class MegatronTrainer:
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+        for router in routers_of(self._chunks):
+            router.num_sent_E.zero_()
         filler = losses.Supervised(normaliser=1.0)
 
         def loss_of(batch: LocalBatch, stats_2T: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,7 +261,14 @@ class MegatronTrainer:
         `consume` gets the whole microbatch's log-probs and entropies, [2, T], and the microbatch's number.
         """
         filled, min_tokens = self._fill_up(microbatches)
-        make = functools.partial(localise, mesh=self.mesh, inverse_frequencies_D=self._inverse_frequencies_D, min_tokens=min_tokens)
+        make = functools.partial(
+            localise,
+            mesh=self.mesh,
+            inverse_frequencies_D=self._inverse_frequencies_D,
+            min_tokens=min_tokens,
+            rope_scaling=self._architecture.rope.attention_scaling,
+            routing=self._routing_options(microbatches, forward_only=forward_only),
+        )
         # Virtual stages of one rank see the same microbatches: make each once.
         prepared = [make(microbatch) for microbatch in filled] if len(self._ddp) > 1 else None
 
@@ -282,6 +298,24 @@ class MegatronTrainer:
             seq_length=max(1, min_tokens) * self.mesh.cp_size,
             micro_batch_size=1,
             forward_only=forward_only,
+        )
+
+    def _routing_options(self, microbatches: Sequence[Microbatch], *, forward_only: bool) -> RoutingOptions | None:
+        """What this pass asks of the routers; the balance loss is a mean over the sequences of all ranks. A collective."""
+        experts, weight = self._architecture.experts, 0.0
+        if experts is None:
+            return None
+        if self.config.moe_aux_loss_coef and not forward_only:
+            count = torch.zeros(1, dtype=torch.int64, device=self._inverse_frequencies_D.device)
+            count += sum(int((microbatch.row_ids_R != FILLER_ROW_ID).sum()) for microbatch in microbatches)
+            dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
+            weight = self.config.moe_aux_loss_coef / max(1, int(count))
+        return RoutingOptions(
+            num_sparse_layers=sum(self._architecture.sparse_layers),
+            num_experts=experts.num_experts,
+            num_experts_per_tok=experts.num_experts_per_tok,
+            replay=self.config.replay_routing,
+            balance_weight=weight,
         )
 
     def _fill_up(self, microbatches: Sequence[Microbatch]) -> tuple[list[Microbatch], int]:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from tandem.engine.architecture import Architecture
 from tandem.engine.config import MeshConfig
 
 
@@ -86,13 +87,6 @@ def build_mesh(config: MeshConfig, hf_config: Mapping[str, Any]) -> Mesh:
     )
 
 
-def num_experts_of(hf_config: Mapping[str, Any]) -> int:
-    """Experts per layer, 0 for a dense model. transformers 5 saves them as num_local_experts, Qwen's own files as num_experts."""
-    if hf_config["model_type"] != "qwen3_moe":
-        return 0
-    return hf_config["num_experts"] if "num_experts" in hf_config else hf_config["num_local_experts"]
-
-
 def expert_tensor_parallel(config: MeshConfig) -> int:
     """mesh.etp, resolved: 1 when experts are spread over ranks, else tp (see `check_mesh`)."""
     if config.etp is not None:
@@ -115,9 +109,9 @@ def check_mesh(config: MeshConfig, hf_config: Mapping[str, Any], world_size: int
             f"{world_size} ranks do not hold tp={config.tp} x pp={config.pp} x cp={config.cp} ({product}); "
             f"{advice}launch a multiple of {product}"
         )
-    heads, kv_heads = hf_config["num_attention_heads"], hf_config["num_key_value_heads"]
-    layers, vocab = hf_config["num_hidden_layers"], hf_config["vocab_size"]
-    for name, value in (("num_attention_heads", heads), ("vocab_size", vocab), ("intermediate_size", hf_config["intermediate_size"])):
+    architecture = Architecture.from_hf(hf_config)
+    heads, kv_heads, layers, vocab = architecture.num_heads, architecture.num_kv_heads, architecture.num_layers, architecture.vocab_size
+    for name, value in (("num_attention_heads", heads), ("vocab_size", vocab), ("intermediate_size", architecture.intermediate_size)):
         if value % config.tp:
             raise ValueError(f"mesh.tp={config.tp} does not divide the model's {name}={value}; set mesh.tp to a divisor of it")
     if kv_heads % config.tp and config.tp % kv_heads:
@@ -129,7 +123,7 @@ def check_mesh(config: MeshConfig, hf_config: Mapping[str, Any], world_size: int
             f"mesh.pp={config.pp} x mesh.vpp={config.vpp} does not divide the model's num_hidden_layers={layers}; "
             f"set them so that their product divides {layers}"
         )
-    num_experts = num_experts_of(hf_config)
+    num_experts = architecture.num_experts
     etp = expert_tensor_parallel(config)
     if not num_experts:
         if config.ep > 1 or config.etp not in (None, 1):

@@ -5,7 +5,7 @@ Shapes: L tokens of this rank, M trained ones among them, H hidden width.
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from tandem.engine.architecture import Architecture
 from tandem.engine.trainer.batch import LocalBatch
-from tandem.engine.trainer.layers import Norm, layer_specs, moe_layers
+from tandem.engine.trainer.layers import layer_specs
 from tandem.engine.trainer.mesh import Mesh
+from tandem.engine.trainer.modules import Norm
 from tandem.engine.types import WeightShard
 from tandem.kernels.logprob import linear_logprob
 
@@ -52,9 +54,9 @@ class PolicyModel(GPTModel):
         return stats_2M.new_zeros((2, batch.num_local)).index_copy(1, batch.trained_M, stats_2M)
 
 
-def build_chunks(config: TransformerConfig, hf_config: Mapping[str, Any], mesh: Mesh, temperature: float) -> list[PolicyModel]:
+def build_chunks(config: TransformerConfig, architecture: Architecture, mesh: Mesh, temperature: float) -> list[PolicyModel]:
     """This rank's pipeline chunks, one per virtual stage."""
-    specs = layer_specs(config, moe_layers(hf_config))
+    specs = layer_specs(architecture)
     num_chunks = mesh.config.vpp
     chunks = []
     for i in range(num_chunks):
@@ -67,11 +69,11 @@ def build_chunks(config: TransformerConfig, hf_config: Mapping[str, Any], mesh: 
                 temperature,
                 config=config,
                 transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs[first : first + count], layer_norm=norm),
-                vocab_size=hf_config["vocab_size"],
-                max_sequence_length=hf_config["max_position_embeddings"],
+                vocab_size=architecture.vocab_size,
+                max_sequence_length=architecture.max_position_embeddings,
                 pre_process=mesh.pp_rank == 0 and i == 0,
                 post_process=mesh.is_last_stage and i == num_chunks - 1,
-                share_embeddings_and_output_weights=hf_config["tie_word_embeddings"],
+                share_embeddings_and_output_weights=architecture.tie_word_embeddings,
                 vp_stage=vp_stage,
             )
         )
@@ -80,31 +82,36 @@ def build_chunks(config: TransformerConfig, hf_config: Mapping[str, Any], mesh: 
 
 def named_weights(chunk: PolicyModel, mesh: Mesh) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """The chunk's parameters under names with global layer and expert indices."""
-    layers: Any = chunk.decoder.layers
-    first_layer = layers[0].layer_number - 1 if len(layers) else 0
     for name, parameter in chunk.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(int(parts[2]) + first_layer)
-        if "local_experts" in parts:
-            i = parts.index("local_experts") + 1
-            num_local = (chunk.config.num_moe_experts or 0) // mesh.ep_size
-            parts[i] = str(int(parts[i]) + mesh.ep_rank * num_local)
-        yield ".".join(parts), parameter
+        yield _global_name(name, chunk, mesh), parameter
+
+
+def _global_name(name: str, chunk: PolicyModel, mesh: Mesh) -> str:
+    layers: Any = chunk.decoder.layers
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(int(parts[2]) + layers[0].layer_number - 1)
+    if "local_experts" in parts:
+        i = parts.index("local_experts") + 1
+        num_local = (chunk.config.num_moe_experts or 0) // mesh.ep_size
+        parts[i] = str(int(parts[i]) + mesh.ep_rank * num_local)
+    return ".".join(parts)
 
 
 def weight_shards(chunks: list[PolicyModel], mesh: Mesh) -> list[WeightShard]:
-    """All parameters of this rank. A tied output layer on another stage than the embedding is a copy of it and left out."""
+    """All parameters and expert biases of this rank. A tied output layer on another stage than the embedding is a copy and left out."""
     shards = []
     for chunk in chunks:
-        for name, parameter in named_weights(chunk, mesh):
+        biases = {name: x for name, x in chunk.named_buffers() if name.endswith("router.expert_bias")}
+        named = [(_global_name(name, chunk, mesh), bias) for name, bias in biases.items()]
+        for name, tensor in [*named_weights(chunk, mesh), *named]:
             if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
                 continue
             is_expert = "local_experts" in name
             shards.append(
                 WeightShard(
                     name=name,
-                    tensor=parameter.data,
+                    tensor=tensor.data,
                     tp_rank=mesh.etp_rank if is_expert else mesh.tp_rank,
                     tp_size=mesh.etp_size if is_expert else mesh.tp_size,
                 )
@@ -117,12 +124,12 @@ def initialise(chunks: list[PolicyModel], mesh: Mesh, seed: int) -> None:
     """Draw every weight from a hash of (seed, name), so that it does not depend on the layout of the ranks.
 
     Normal: embedding 0.02; a matrix 1 / sqrt(its inputs), and those that write into the residual stream also divided by
-    sqrt(2 * layers). Norms are 1.
+    sqrt(2 * layers). Norms are 1, biases 0.
     """
     for chunk in chunks:
         for name, parameter in named_weights(chunk, mesh):
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
                 name = EMBEDDING

@@ -1,6 +1,6 @@
 """Repairs of megatron-core 0.16.1 where Transformer Engine is not installed, on any device.
 
-Megatron is developed with Transformer Engine; three of its code paths do not hold without it. `install` does nothing with it.
+Megatron is developed with Transformer Engine; two of its code paths do not hold without it. `install` does nothing with it.
 """
 
 import importlib.util
@@ -14,13 +14,10 @@ def install() -> None:
     if importlib.util.find_spec("transformer_engine") is not None:
         return
     import megatron.core.transformer.moe.moe_utils as moe_utils
-    import megatron.core.transformer.multi_latent_attention as multi_latent_attention
 
     moe_utils_any: Any = moe_utils
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils_any.te_general_gemm = None  # the router asks whether it is None, but the failed import never defined it
-    # The extension module imports without Transformer Engine (its classes are mocks), so this flag is wrongly true.
-    multi_latent_attention.HAVE_TE = False  # pyright: ignore[reportAttributeAccessIssue]
     _keep_adam_step()
 
 

@@ -3,7 +3,8 @@
 One int32 per token describes the mask: query i sees key j iff j <= i < visible_end[j]. Plain packing: `visible_end` is the end of
 the own sequence. A shared prompt's tokens are visible to the end of their group, a response's tokens to the end of the response.
 
-Shapes: T tokens (queries), S tokens (keys; S = T but for context parallelism), N query heads, G key/value heads, D head width.
+Shapes: T tokens (queries), S tokens (keys; S = T but for context parallelism), N query heads, G key/value heads, D head width, which may
+be another one for values (latent attention: 192 and 128).
 """
 
 from typing import Any
@@ -30,19 +31,20 @@ def packed_attention(
 
     Args:
         q_TND: [T, N, D] fp32, bf16 or fp16.
-        k_TGD, v_TGD: [S, G, D], same dtype; N is a multiple of G. S = T unless `plan` holds a part of the queries only.
+        k_TGD, v_TGD: [S, G, D] and [S, G, any width], same dtype; N is a multiple of G. S = T unless `plan` holds a part of the queries.
         visible_end_T: [S] int32, exclusive end of the queries that see each key; visible_end[j] > j.
         scale: factor of the scores; None is 1 / sqrt(D).
         grad_start: queries below it get no gradient and give none, keys and values below it get none (an approximation that drops
             the gradient through a stale prefix; 0 is exact).
         plan: what `plan_attention` returned for this mask, to share it between layers. None: made here.
-    Returns: out_TND in the dtype of q. Softmax and sums are in fp32.
+    Returns: [T, N, width of v] in the dtype of q. Softmax and sums are in fp32.
     Raises: ValueError if shapes do not fit.
     """
     num_heads, num_groups = q_TND.shape[1], k_TGD.shape[1]
-    if k_TGD.shape != v_TGD.shape or q_TND.shape[2] != k_TGD.shape[2] or num_heads % num_groups:
+    if k_TGD.shape[:2] != v_TGD.shape[:2] or q_TND.shape[2] != k_TGD.shape[2] or num_heads % num_groups:
         raise ValueError(
-            f"q {tuple(q_TND.shape)}, k {tuple(k_TGD.shape)}, v {tuple(v_TGD.shape)} do not fit: need [T,N,D], [S,G,D], N % G = 0"
+            f"q {tuple(q_TND.shape)}, k {tuple(k_TGD.shape)}, v {tuple(v_TGD.shape)} do not fit: "
+            "need [T,N,D], [S,G,D], [S,G,any width], N % G = 0"
         )
     if plan is None:
         plan = plan_attention(visible_end_T)

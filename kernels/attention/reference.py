@@ -4,7 +4,8 @@ A mask is cut into tasks: some queries and all keys that they see, so that no so
 tasks of similar size are padded into one batch of matmuls. A long sequence or a tree becomes blocks of queries, one task a block.
 Probabilities of short tasks are kept for the backward pass; those of long ones are computed again.
 
-Shapes: T queries, S keys, N query heads, G key/value heads, D head width, B tasks of a batch, Q and K their padded queries and keys.
+Shapes: T queries, S keys, N query heads, G key/value heads, D head width (values may have another), B tasks of a batch, Q and K
+their padded queries and keys.
 """
 
 from collections.abc import Sequence
@@ -251,7 +252,7 @@ def attention_forward(
         outputs.append(_rows(torch.bmm(probs, _keys(v1, batch)), batch, num_groups, batch.num_queries))
         if keep and batch.kept:
             kept.append(probs)
-    outputs.append(q1[-1:])
+    outputs.append(q1.new_zeros((1, q1.shape[1], v1.shape[2])))
     return torch.cat(outputs).index_select(0, plan.output_index_T).to(q_TND.dtype), kept
 
 

@@ -48,7 +48,9 @@ def test_everything_is_aligned_to_the_predicting_position() -> None:
     assert microbatch.advantages_R.tolist() == [0.5, -2.0]
     assert microbatch.row_ids_R.tolist() == [7, 8]
     assert (microbatch.num_tokens, microbatch.num_rows) == (5, 2)
-    dtypes = {field.name: str(getattr(microbatch, field.name).dtype).removeprefix("torch.") for field in dataclasses.fields(microbatch)}
+    assert microbatch.routed_experts_TXK is None
+    tensors = {field.name: getattr(microbatch, field.name) for field in dataclasses.fields(microbatch)}
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items() if tensor is not None}
     assert dtypes == {
         "tokens_T": "int64",
         "targets_T": "int64",
@@ -61,6 +63,29 @@ def test_everything_is_aligned_to_the_predicting_position() -> None:
         "advantages_R": "float32",
         "row_ids_R": "int64",
     }
+
+
+def test_recorded_experts_lie_where_the_token_was_predicted_and_are_unknown_elsewhere() -> None:
+    record = np.arange(8, dtype=np.int16).reshape(2, 2, 2)  # 2 tokens, 2 sparse layers, 2 experts per token
+    segments = (
+        Segment(token_ids=(9,), logprobs=(-0.5,), policy_version=2),  # an engine that recorded nothing
+        Segment(token_ids=(8, 7), logprobs=(-0.5, -0.5), policy_version=3, routed_experts=record),
+    )
+    (recorded,) = rows_of(group_of(Response(sample=0, segments=segments, stop=StopState.FINISHED)), [1.0], 3, "mask")
+    assert recorded.routed_experts is not None
+    assert (recorded.routed_experts.dtype, recorded.routed_experts.shape) == (np.int16, (3, 2, 2))
+    packed = build_microbatch([row([6], [7], row_id=5), recorded]).routed_experts_TXK
+    assert packed is not None
+    # one token of the first row; of the second its 2 prompt tokens predict the second prompt token and the first response token
+    assert packed[:, 0, 0].tolist() == [-1, -1, -1, 0, 4]
+    assert np.array_equal(packed[-2:].numpy(), record)
+
+
+def test_records_of_different_models_do_not_mix() -> None:
+    records = [np.zeros((1, layers, 2), dtype=np.int16) for layers in (2, 3)]
+    rows = [dataclasses.replace(row([1], [2], row_id=i), routed_experts=record) for i, record in enumerate(records)]
+    with pytest.raises(ValueError, match=r"rows \[0, 1\] recorded experts of different shapes: \[\(2, 2\), \(3, 2\)\]"):
+        build_microbatch(rows)
 
 
 def test_empty_responses_are_left_out_and_no_rows_make_a_filler() -> None:

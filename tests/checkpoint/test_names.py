@@ -20,8 +20,13 @@ DENSE = {
     "head_dim": 6,
     "intermediate_size": 40,
     "tie_word_embeddings": False,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
 }
-MOE = DENSE | {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 8, "mlp_only_layers": [1]}
+MOE = DENSE | {
+    **{"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "mlp_only_layers": [1]},
+}
 
 
 def random_hf_state(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
@@ -156,7 +161,7 @@ def test_rows_of_a_grouped_view_are_the_rows_of_the_region():
 
 
 def test_an_unknown_model_type_names_the_known_ones():
-    with pytest.raises(ValueError, match="model_type 'gpt2' is not known; known are qwen3, qwen3_moe"):
+    with pytest.raises(ValueError, match="model_type is 'gpt2'; known are qwen3, qwen3_moe"):
         NameMap({"model_type": "gpt2"})
 
 

@@ -23,9 +23,12 @@ def _brute_force(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible_end:
     return torch.einsum("nij,jnd->ind", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
 
 
-def _check(visible_end: torch.Tensor, heads: int, groups: int, tolerance: float = 3e-6, dtype: torch.dtype = torch.float32) -> None:
+def _check(
+    visible_end: torch.Tensor, heads: int, groups: int, tolerance: float = 3e-6, dtype: torch.dtype = torch.float32, value_width: int = 8
+) -> None:
     torch.manual_seed(len(visible_end))
-    q, k, v, grad = (torch.randn(len(visible_end), n, 8).to(dtype) for n in (heads, groups, groups, heads))
+    shapes = ((heads, 8), (groups, 8), (groups, value_width), (heads, value_width))
+    q, k, v, grad = (torch.randn(len(visible_end), *shape).to(dtype) for shape in shapes)
     own = [x.clone().requires_grad_() for x in (q, k, v)]
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     out, wanted = packed_attention(own[0], own[1], own[2], visible_end), _brute_force(exact[0], exact[1], exact[2], visible_end)
@@ -40,6 +43,12 @@ def _check(visible_end: torch.Tensor, heads: int, groups: int, tolerance: float 
 @pytest.mark.parametrize(("heads", "groups"), [(5, 1), (6, 2), (2, 2)])
 def test_it_equals_brute_force_with_gradients(mask: str, heads: int, groups: int) -> None:
     _check(torch.tensor(MASKS[mask], dtype=torch.int32), heads, groups)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("value_width", [5, 12])
+def test_values_may_have_another_width_than_keys(mask: str, value_width: int) -> None:
+    _check(torch.tensor(MASKS[mask], dtype=torch.int32), 4, 2, value_width=value_width)
 
 
 def test_bf16_stays_within_the_rounding_of_its_inputs_and_outputs() -> None:
