@@ -13,24 +13,37 @@ import torch.nn.functional as F
 from tandem.engine.rollout.architecture import Architecture
 from tandem.engine.rollout.weights import LayerWeights, ModelWeights
 
+# What a row gets must not depend on its company, to the last bit: a phase that is generated again after a fault continues with the same
+# tokens. The libraries' products round a row alike in any number of rows that is a multiple of this (measured with 1 to 8 threads on an
+# AMD CPU), and otherwise not: for a few rows they take paths of their own.
+ROW_MULTIPLE = 16
 # Rows whose attention is computed together, over the longest of them. Measured on toy shapes: below 32 the calls' overhead
 # shows, above it the padding.
 ATTENTION_ROWS = 32
 # oneDNN's float32 product runs at 2.2 times the speed of MKL's on an AMD CPU (220 against 100 GFLOP/s, one core of Zen 5), but
-# spends a millisecond on every shape that it has not seen and remembers 1024. So decoded rows are padded to a multiple of
-# ONEDNN_ROWS, and beyond MAX_ONEDNN_ROWS MKL multiplies. Padding also keeps MKL from its paths for a few rows, which round differently.
-ONEDNN_ROWS = 16
+# spends a millisecond on every shape that it has not seen and remembers 1024.
 MAX_ONEDNN_ROWS = 1024
-# MKL adds up products in blocks of this many and oneDNN in one; up to it both round alike, so that log-probs agree with a trainer on MKL.
+# MKL adds up float32 products in blocks of at most this many, whose size depends on the length of the sum, and oneDNN in one. Sums up to
+# it are rounded alike by both, so that log-probs agree with a trainer on MKL. Longer sums over keys are cut here, so that the masked keys
+# behind a row's own, which add zeros, change nothing; bfloat16 sums are rounded once, at their end, and need no cuts.
 MKL_BLOCK = 192
-# Keys that a query attends to at least, most of them masked: with fewer, products and softmax take scalar paths that round differently
-# from those of a whole sequence, and log-probs would differ from the trainer's.
-MIN_KEYS = 16
-# Longest sequence whose scores are held at once in the prefill, in tokens.
-MAX_PLAIN_ATTENTION = 256
+# Below this many multiplications torch multiplies small matrices itself, and rounds in another way.
+MIN_MULTIPLICATIONS = 400
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # Padded prompt tokens in one prefill.
 PREFILL_TOKENS = 8192
+
+
+def key_multiple(architecture: Architecture) -> int:
+    """Attention covers a multiple of this many keys, most of them masked for a short sequence."""
+    multiple = ROW_MULTIPLE
+    while multiple * architecture.head_dim * (architecture.num_heads // architecture.num_kv_heads) < MIN_MULTIPLICATIONS:
+        multiple *= 2
+    return multiple
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 class KVCache:
@@ -41,6 +54,8 @@ class KVCache:
 
     def __init__(self, architecture: Architecture, dtype: torch.dtype, num_rows: int, length: int) -> None:
         a = architecture
+        # Two threads would share the attention of a single matrix, and round it in another way than one of several.
+        num_rows, length = _round_up(num_rows, 2), _round_up(length, key_multiple(a))
         shape = (a.num_layers, num_rows, a.num_kv_heads, length, a.head_dim)
         # Zeros, not empty: a masked key weighs 0, and 0 * NaN would spoil the sum.
         self.k = torch.zeros(shape, dtype=dtype)
@@ -72,6 +87,7 @@ class InferenceModel:
     def __init__(self, architecture: Architecture, dtype: torch.dtype, context_length: int) -> None:
         self.architecture = architecture
         self.dtype = dtype
+        self._key_multiple = key_multiple(architecture)
         half = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32) / architecture.head_dim
         angles = torch.arange(context_length, dtype=torch.float32)[:, None] * (1.0 / architecture.rope_theta**half)
         self._cos = angles.cos().to(dtype)  # [context, D/2]
@@ -86,17 +102,17 @@ class InferenceModel:
         """
         a = self.architecture
         num_rows = len(tokens_B)
-        num_padded = -(-num_rows // ONEDNN_ROWS) * ONEDNN_ROWS
+        num_padded = _round_up(num_rows, ROW_MULTIPLE)
         positions = torch.from_numpy(positions_B)
         written = cache.flat_index(torch.arange(num_rows), positions)
         padding = (0, num_padded - num_rows)
-        rotations = F.pad(positions, padding)
-        cos, sin = self._cos[rotations][:, None], self._sin[rotations][:, None]
+        padded_positions = F.pad(positions, padding)
+        cos, sin = self._cos[padded_positions][:, None], self._sin[padded_positions][:, None]
         chunks: list[tuple[int, int, int, torch.Tensor | None]] = []
         for start in range(0, num_rows, ATTENTION_ROWS):
-            stop = min(start + ATTENTION_ROWS, num_rows)
-            length = min(cache.length, max(MIN_KEYS, int(positions_B[start:stop].max()) + 1))
-            chunks.append((start, stop, length, _length_bias(positions[start:stop], length)))
+            stop = min(start + ATTENTION_ROWS, _round_up(num_rows, 2))
+            length = _round_up(int(positions_B[start:stop].max()) + 1, self._key_multiple)
+            chunks.append((start, stop, length, _length_bias(padded_positions[start:stop], length)))
         x = F.embedding(F.pad(tokens_B, padding), weights.embedding)
         attended = torch.zeros(num_padded * a.num_kv_heads, a.num_heads // a.num_kv_heads, a.head_dim, dtype=self.dtype)
         for index, layer in enumerate(weights.layers):
@@ -131,28 +147,31 @@ class InferenceModel:
         """Tokens are packed for the matrix products and padded (at the end) for the causal attention."""
         a = self.architecture
         lengths = np.array([len(sequence) for sequence in sequences])
-        num_sequences, longest = len(sequences), max(MIN_KEYS, int(lengths.max()))
+        num_sequences, longest = len(sequences), _round_up(int(lengths.max()), self._key_multiple)
+        num_tokens = int(lengths.sum())
+        padding = (0, _round_up(num_tokens, ROW_MULTIPLE) - num_tokens)
         positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
         sequence = torch.from_numpy(np.repeat(np.arange(num_sequences), lengths))
         padded = sequence * longest + positions  # where a packed token lies in [sequences * S]
         written = cache.flat_index(torch.tensor(rows)[sequence], positions)
-        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
-        x = F.embedding(torch.from_numpy(np.concatenate(sequences)), weights.embedding)
+        rotations = F.pad(positions, padding)
+        cos, sin = self._cos[rotations][:, None], self._sin[rotations][:, None]
+        x = F.embedding(F.pad(torch.from_numpy(np.concatenate(sequences)), padding), weights.embedding)
 
         def pad(packed: torch.Tensor, num_heads: int) -> torch.Tensor:
             out = packed.new_zeros(num_sequences * longest, num_heads, a.head_dim)
-            out[padded] = packed.view(-1, num_heads, a.head_dim)
+            out[padded] = packed.view(-1, num_heads, a.head_dim)[:num_tokens]
             return out.view(num_sequences, longest, num_heads, a.head_dim).transpose(1, 2)
 
         for index, layer in enumerate(weights.layers):
             q, k, v = self._qkv(layer, x, cos, sin)
-            cache.k[index].view(-1, a.head_dim).index_copy_(0, written, k)
-            cache.v[index].view(-1, a.head_dim).index_copy_(0, written, v)
+            cache.k[index].view(-1, a.head_dim).index_copy_(0, written, k[: len(written)])
+            cache.v[index].view(-1, a.head_dim).index_copy_(0, written, v[: len(written)])
             if index == a.num_layers - 1:
                 return  # nobody asks for logits: the last token of a prompt is decoded
             heads = (pad(q, a.num_heads), pad(k, a.num_kv_heads), pad(v, a.num_kv_heads))
-            out = _attend_causally(*heads)
-            out = out.transpose(1, 2).reshape(num_sequences * longest, -1)[padded]
+            out = x.new_zeros(len(x), a.num_heads * a.head_dim)
+            out[:num_tokens] = _attend_causally(*heads).transpose(1, 2).reshape(num_sequences * longest, -1)[padded]
             x = x + _linear(out, layer.o)
             x = x + self._feed_forward(layer, _rms_norm(x, layer.post_norm, a.rms_norm_eps))
 
@@ -186,7 +205,8 @@ class InferenceModel:
         for index, count in enumerate(expert.flatten().bincount(minlength=a.num_experts).tolist()):
             if count:
                 part = slice(start, start + count)
-                sorted_out[part] = _swiglu(sorted_x[part], layer.gate_up[index], layer.down[index])
+                rows = F.pad(sorted_x[part], (0, 0, 0, _round_up(count, ROW_MULTIPLE) - count))
+                sorted_out[part] = _swiglu(rows, layer.gate_up[index], layer.down[index])[:count]
             start += count
         out = torch.empty_like(sorted_out)
         out[by_expert] = sorted_out
@@ -201,10 +221,12 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x @ weight.T for x [T, in], weight [out, in]."""
-    if _HAS_ONEDNN and len(x) % ONEDNN_ROWS == 0 and 0 < len(x) <= MAX_ONEDNN_ROWS and x.shape[1] <= MKL_BLOCK:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight)
+    """x @ weight.T for x [T, in], weight [out, in]; T a multiple of ROW_MULTIPLE."""
+    assert len(x) % ROW_MULTIPLE == 0, len(x)
+    if not _HAS_ONEDNN or x.shape[1] > MKL_BLOCK:
+        return F.linear(x, weight)
+    parts = [torch.ops.mkldnn._linear_pointwise(part, weight, None, "none", [], "") for part in x.split(MAX_ONEDNN_ROWS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -213,14 +235,21 @@ def _swiglu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch
 
 
 def _attend_causally(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention of whole sequences: q [B, H, S, D], k and v [B, G, S, D]. Short ones in the order of operations of `_attend`."""
-    num_groups, length = k.shape[1], q.shape[2]
-    if length > MAX_PLAIN_ATTENTION:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    by_group = q.unflatten(1, (num_groups, -1))
-    scores = (by_group @ k[:, :, None].transpose(-1, -2)).float().mul_(q.shape[-1] ** -0.5)
-    scores.masked_fill_(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
-    return (scores.softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
+    """Attention of whole sequences: q [B, H, S, D], k and v [B, G, S, D], S a multiple of ROW_MULTIPLE. Queries in blocks of MKL_BLOCK."""
+    num_sequences, _, length, width = k.shape
+    scale = width**-0.5
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    out = torch.empty_like(q)
+    hidden = torch.ones(MKL_BLOCK, MKL_BLOCK, dtype=torch.bool).triu(1)
+    for start in range(0, length, MKL_BLOCK):
+        stop = min(start + MKL_BLOCK, length)
+        rows = q[:, :, start:stop].reshape(len(k), -1, width)  # [B * G, H/G * queries, D]
+        scores = torch.bmm(rows, k[:, :stop].transpose(1, 2)).float().mul_(scale)
+        diagonal = scores.view(len(k), -1, stop - start, stop)[..., start:]
+        diagonal.masked_fill_(hidden[: stop - start, : stop - start], -torch.inf)
+        weighted = _weighted_sum(scores.softmax(-1).to(v.dtype), v[:, :stop], torch.empty_like(rows))
+        out[:, :, start:stop] = weighted.view(num_sequences, q.shape[1], stop - start, width)
+    return out
 
 
 def _length_bias(positions: torch.Tensor, length: int) -> torch.Tensor | None:
@@ -243,4 +272,13 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tenso
     else:
         rows = scores.view(-1, num_kv_heads, *scores.shape[1:])
         torch.add(bias[:, None], rows, alpha=scale, out=rows)
-    torch.bmm(scores.softmax(-1).to(v.dtype), v, out=out)
+    _weighted_sum(scores.softmax(-1).to(v.dtype), v, out)
+
+
+def _weighted_sum(weights: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """weights [N, R, keys] @ v [N, keys, D], written to out [N, R, D]."""
+    block = MKL_BLOCK if v.dtype == torch.float32 else v.shape[1]
+    torch.bmm(weights[..., :block], v[:, :block], out=out)
+    for start in range(block, v.shape[1], block):
+        torch.baddbmm(out, weights[..., start : start + block], v[:, start : start + block], out=out)
+    return out

@@ -16,8 +16,13 @@ VOCAB_SIZE = 64
 CONTEXT_LENGTH = 96
 
 
-def tiny_model(kind: str = "qwen3", *, dtype: torch.dtype = torch.float32, seed: int = 0, peaked: bool = True) -> PreTrainedModel:
-    """A random model. Peaked: with logits so far apart that rounding does not flip a token; else as a fresh model has them."""
+def tiny_model(
+    kind: str = "qwen3", *, dtype: torch.dtype = torch.float32, seed: int = 0, peaked: bool = True, **changes: Any
+) -> PreTrainedModel:
+    """A random model. Peaked: with logits so far apart that rounding does not flip a token; else as a fresh model has them.
+
+    `changes` are fields of its configuration.
+    """
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 48,
@@ -36,10 +41,10 @@ def tiny_model(kind: str = "qwen3", *, dtype: torch.dtype = torch.float32, seed:
     }
     torch.manual_seed(seed)
     if kind == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes | changes))
     else:
         experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, mlp_only_layers=[1]))
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes | experts | {"mlp_only_layers": [1]} | changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
