@@ -1,0 +1,52 @@
+"""Which implementation of the kernels runs. One choice for all of them, made at start-up and printed there.
+
+"auto": Triton for tensors on a GPU; on a CPU the C++ twin where `csrc/` was built, else the reference in plain torch.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+Backend = Literal["auto", "reference", "triton", "native"]
+"""reference: plain torch everywhere. triton: everywhere, also on a CPU (its interpreter). native: C++ and CUDA where a kernel has them."""
+
+_chosen: Backend = "auto"
+
+
+def has_triton() -> bool:
+    """Whether triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose(backend: Backend) -> None:
+    """Set the choice for this process. Raises: ValueError for "triton" where it is not installed."""
+    global _chosen
+    if backend == "triton" and not has_triton():
+        raise ValueError("kernels='triton', but triton is not installed; install it, or choose 'reference'")
+    _chosen = backend
+
+
+@contextlib.contextmanager
+def chosen(backend: Backend) -> Iterator[None]:
+    """The choice within a block; for tests and benchmarks."""
+    before = _chosen
+    choose(backend)
+    try:
+        yield
+    finally:
+        choose(before)
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether Triton kernels compute on this tensor."""
+    if _chosen == "auto":
+        return tensor.is_cuda and has_triton()
+    return _chosen == "triton"
+
+
+def runs_native(tensor: torch.Tensor) -> bool:
+    """Whether the C++ or CUDA twin is wanted for this tensor, if it was built: on a CPU by default, on a GPU when chosen."""
+    return _chosen == "native" or (_chosen == "auto" and not tensor.is_cuda)
