@@ -86,13 +86,6 @@ class MeshConfig:
         for name in ("tp", "pp", "vpp", "cp", "ep"):
             check(getattr(self, name) >= 1, f"mesh.{name}", getattr(self, name), "it must be at least 1")
         check(self.etp is None or self.etp >= 1, "mesh.etp", self.etp, "it must be at least 1")
-        check(
-            not self.sequence_parallel or self.tp > 1,
-            "mesh.sequence_parallel",
-            self.sequence_parallel,
-            f"it needs mesh.tp > 1 (tp is {self.tp})",
-        )
-        check(self.vpp == 1 or self.pp > 1, "mesh.vpp", self.vpp, f"it needs mesh.pp > 1 (pp is {self.pp})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +150,14 @@ class TrainerConfig:
     """Optimizer steps on the responses of one iteration (not given in the paper)."""
     reset_optimizer: bool = True
     """Start every iteration with a fresh optimizer, as the paper does."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is NaN or infinite: end the run, or leave the update out and count it."""
+    max_nonfinite_skips: int = 10
+    """With on_nonfinite=skip: more updates in a row than this end the run."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
+        check(self.max_nonfinite_skips >= 0, "trainer.max_nonfinite_skips", self.max_nonfinite_skips, "it must not be negative")
         check(self.microbatch_tokens >= 1, "trainer.microbatch_tokens", self.microbatch_tokens, "it must be at least 1")
         check(self.updates_per_iteration >= 1, "trainer.updates_per_iteration", self.updates_per_iteration, "it must be at least 1")
         for name in ("moe_aux_loss_coef", "moe_bias_update_rate"):

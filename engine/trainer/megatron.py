@@ -25,16 +25,13 @@ from tandem.engine.trainer import loss as losses
 from tandem.engine.trainer import optimizer as optimizers
 from tandem.engine.trainer.batch import LocalBatch, RoutingOptions, localise, num_local_tokens
 from tandem.engine.trainer.context_parallel import gather_replicated
+from tandem.engine.trainer.finite import FiniteCheck, NonFiniteError
 from tandem.engine.trainer.layers import transformer_config
 from tandem.engine.trainer.mesh import Mesh
 from tandem.engine.trainer.model import build_chunks, initialise, weight_shards
 from tandem.engine.trainer.router import routers_of, update_expert_biases
 from tandem.engine.trainer.state import set_num_steps, sharded_optimizer
 from tandem.engine.types import WeightShard
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite; the weights are those of before the step."""
 
 
 class MegatronTrainer:
@@ -85,6 +82,7 @@ class MegatronTrainer:
             self._model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # pyright: ignore[reportAttributeAccessIssue]
         self._optimizer = optimizers.build_optimizer(config, self._ddp)
         self._lr, self._optimizer_config = config.optimizer.lr, config.optimizer
+        self._num_skipped = 0  # steps in a row, for numbers that are none
 
     @property
     def hf_config(self) -> Mapping[str, Any]:
@@ -153,18 +151,23 @@ class MegatronTrainer:
         Returns: means over all tokens and ranks, the same on every rank: loss (before loss.scale), grad_norm, entropy, kl, and
             logprob_diff_mean and logprob_diff_max: |log π - behaviour| on on-policy tokens in the first step, where the policy is
             still the one that generated them, so that any difference is the engines'.
-        Raises: NonFiniteError naming rank and microbatch.
+            Updates with a loss or gradient that is no number are left out and counted as skipped_updates, with on_nonfinite="skip".
+        Raises: NonFiniteError naming rank, microbatch and tensor.
         """
         device = self._inverse_frequencies_D.device
         all_sums, grad_norms = [], []
         for step, (microbatches, normaliser) in enumerate(zip(updates, normalisers, strict=True)):
             references = [None] * len(microbatches) if reference_logprobs is None else [x.to(device) for x in reference_logprobs[step]]
             objectives = [losses.Policy(config=self.loss, normaliser=normaliser, reference_T=reference) for reference in references]
-            sums, grad_norm = self._step(microbatches, objectives, f"update {step}")
-            all_sums.append(sums)
-            grad_norms.append(grad_norm)
-        if not all_sums:
+            stepped = self._step(microbatches, objectives, f"update {step}")
+            if stepped is not None:
+                all_sums.append(stepped[0])
+                grad_norms.append(stepped[1])
+        if not updates:
             return {}
+        num_skipped = float(len(updates) - len(all_sums))
+        if not all_sums:
+            return {"skipped_updates": num_skipped, "learning_rate": self._lr, "tokens": 0.0}
         total, first = torch.stack(all_sums).sum(0), all_sums[0]
         tokens, on_policy = max(1.0, total[losses.TOKENS].item()), max(1.0, first[losses.ON_POLICY].item())
         return {
@@ -176,15 +179,20 @@ class MegatronTrainer:
             "logprob_diff_max": first[losses.MISMATCH_MAX].item(),
             "learning_rate": self._lr,
             "tokens": total[losses.TOKENS].item(),
+            "skipped_updates": num_skipped,
         }
 
     def sft_step(self, microbatches: Sequence[Microbatch], num_target_tokens: int) -> dict[str, float]:
         """One optimizer step on the cross entropy of the trained tokens, `num_target_tokens` of them over all ranks.
 
-        Returns: loss and entropy in nats a token, grad_norm, learning_rate, tokens; the same on every rank.
+        Returns: loss and entropy in nats a token, grad_norm, learning_rate, tokens; the same on every rank. Of a step that was skipped,
+            loss and grad_norm are NaN.
         """
         objective = losses.Supervised(normaliser=float(num_target_tokens))
-        sums, grad_norm = self._step(microbatches, [objective] * len(microbatches), "supervised step")
+        stepped = self._step(microbatches, [objective] * len(microbatches), "supervised step")
+        if stepped is None:
+            return {"loss": math.nan, "grad_norm": math.nan, "learning_rate": self._lr, "tokens": 0.0}
+        sums, grad_norm = stepped
         return {
             "loss": sums[losses.LOSS].item(),
             "grad_norm": grad_norm,
@@ -193,9 +201,22 @@ class MegatronTrainer:
             "tokens": sums[losses.TOKENS].item(),
         }
 
-    def _step(self, microbatches: Sequence[Microbatch], objectives: Sequence[losses.Objective], what: str) -> tuple[torch.Tensor, float]:
-        """Gradient and optimizer step; (sums over all ranks, gradient norm before clipping)."""
-        sums = self.accumulate_gradients(microbatches, objectives, what)
+    def _step(
+        self, microbatches: Sequence[Microbatch], objectives: Sequence[losses.Objective], what: str
+    ) -> tuple[torch.Tensor, float] | None:
+        """Gradient and optimizer step; (sums over all ranks, gradient norm before clipping), or None for a step that was skipped."""
+        try:
+            sums = self.accumulate_gradients(microbatches, objectives, what)
+        except NonFiniteError as error:
+            self._num_skipped += 1
+            if self.config.on_nonfinite == "stop":
+                raise
+            if self._num_skipped > (limit := self.config.max_nonfinite_skips):
+                raise NonFiniteError(f"more than trainer.max_nonfinite_skips={limit} updates in a row: {error}") from error
+            if self.mesh.rank == 0:
+                print(f"{what} is skipped: {error}", flush=True)
+            return None
+        self._num_skipped = 0
         _, grad_norm, _ = self._optimizer.step()
         if self.config.moe_bias_update_rate:
             holders: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
@@ -205,36 +226,26 @@ class MegatronTrainer:
     def accumulate_gradients(
         self, microbatches: Sequence[Microbatch], objectives: Sequence[losses.Objective], what: str = "step"
     ) -> torch.Tensor:
-        """Leave the whole batch's gradient in the parameters' main_grad; returns the sums of `loss.microbatch_loss` over all ranks."""
+        """Leave the whole batch's gradient in the parameters' main_grad; returns the sums of `loss.microbatch_loss` over all ranks.
+
+        Raises: NonFiniteError on all ranks.
+        """
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         for router in routers_of(self._chunks):
             router.num_sent_E.zero_()
-        filler = losses.Supervised(normaliser=1.0)
+        filler, finite = losses.Supervised(normaliser=1.0), FiniteCheck(self.mesh, what)
 
         def loss_of(batch: LocalBatch, stats_2T: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
             objective = objectives[index] if index < len(objectives) else filler
             loss, sums = losses.microbatch_loss(objective, batch.whole, stats_2T[0], stats_2T[1])
-            if not math.isfinite(loss.item()):
-                raise NonFiniteError(
-                    f"rank {self.mesh.rank}: the loss of microbatch {index} of {what} is {loss.item()} "
-                    f"(rows {batch.whole.row_ids_R[:8].tolist()}…); the weights are unchanged"
-                )
+            finite.check_loss(index, batch.whole, loss, stats_2T[0])
             return loss, sums
 
         found = self._run(microbatches, loss_of, forward_only=False)
-        self._check_gradients(what, len(microbatches))
+        finite.finish(self._chunks, self._ddp)
         return self._sum_over_ranks(found)
-
-    def _check_gradients(self, what: str, num_microbatches: int) -> None:
-        for shard in (parameter for chunk in self._ddp for parameter in chunk.bucket_groups + chunk.expert_parallel_bucket_groups):
-            for bucket in shard.buckets:
-                if not math.isfinite(bucket.grad_data.sum().item()):
-                    raise NonFiniteError(
-                        f"rank {self.mesh.rank}: the gradient of {what} (microbatches 0 to {num_microbatches - 1}) is not finite, "
-                        f"though every loss is; the weights are unchanged"
-                    )
 
     def _sum_over_ranks(self, found: Sequence[torch.Tensor]) -> torch.Tensor:
         """Add the microbatches' sums over data-parallel ranks; known on the last stage, then told to the others."""

@@ -12,7 +12,8 @@ import tandem.engine.trainer  # noqa: F401  before megatron
 from tandem.engine.algo.pack import Microbatch, build_microbatch
 from tandem.engine.config import LossConfig, MeshConfig, OptimizerConfig, TrainerConfig
 from tandem.engine.trainer import loss as losses
-from tandem.engine.trainer.megatron import MegatronTrainer, NonFiniteError
+from tandem.engine.trainer.finite import NonFiniteError
+from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh
 from tandem.engine.trainer.optimizer import learning_rate
 from tests.ranks import run_ranks
