@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tandem.engine.checkpoint.disk import load_hf_weights, load_latest, read_hf_config, read_stop_token_ids, save_checkpoint
+from tandem.engine.checkpoint.disk import load_latest
+from tandem.engine.checkpoint.hf_folder import load_hf_weights, read_hf_config, read_stop_token_ids
+from tandem.engine.checkpoint.save import CheckpointSaver
 from tandem.engine.checkpoint.swap import WeightSwap
 from tandem.engine.config import ModelConfig, check
 from tandem.engine.data.arithmetic import write_task
@@ -23,6 +25,7 @@ from tandem.engine.trainer.layers import qwen3_hf_config
 from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh, destroy_mesh
 from tandem.engine.trainer.optimizer import learning_rate
+from tandem.engine.trainer.state import random_state, set_random_state
 from tandem.engine.types import EngineDiedError, Group, Prompt
 
 # A context that holds any prompt.
@@ -101,7 +104,10 @@ class Parts:
         (run.dir / "replay").mkdir(exist_ok=True)
         self.buffer = ReplayBuffer(run.dir / "replay" / f"rank_{run.rank}.sqlite")
         stack.callback(self.buffer.close)
-        self._checkpoints = run.dir / "checkpoints"
+        keep, asynchronous, timeout_s = config.checkpoint.keep, config.checkpoint.asynchronous, config.checkpoint.timeout_s
+        self.checkpoints = stack.enter_context(
+            CheckpointSaver(run.dir / "checkpoints", keep=keep, asynchronous=asynchronous, timeout_s=timeout_s, group=run.control)
+        )
         self.num_generated = 0  # tokens, by this leader since the last step ended
         self._num_deaths = 0  # of engines in a row
 
@@ -205,28 +211,37 @@ class Parts:
     def checkpoint_if_due(self, step: int) -> None:
         """Save every `checkpoint.every` iterations and after the last."""
         every = self.run.config.checkpoint.every
+        self._prune(self.checkpoints.poll())
         if step == self.run.config.steps or (every and step % every == 0):
             self.save(step)
 
     def save(self, step: int) -> None:
-        """Save everything that iteration `step` starts from. A collective."""
+        """Save everything that iteration `step` starts from: copied now, written while training goes on. A collective."""
         with self.run.log.phase("checkpoint"):
-            state = {"sampler": self.sampler.state_dict()} if self.sampler is not None else None
-            oldest = save_checkpoint(
-                self._checkpoints, step, self.trainer.sharded_state_dict(), state, keep=self.run.config.checkpoint.keep
-            )
-            self.buffer.prune(oldest)
+            extra = {"random": random_state()} | ({"sampler": self.sampler.state_dict()} if self.sampler is not None else {})
+            self.checkpoints.save(step, self.trainer.sharded_state_dict(), extra)
+
+    def _prune(self, oldest: int | None) -> None:
+        """A checkpoint has become whole, and `oldest` is now the oldest that the run can go back to: forget what only older ones need."""
+        if oldest is None:
+            return
+        assert self.checkpoints.last is not None
+        self.run.log.event("checkpoint is whole", **dataclasses.asdict(self.checkpoints.last))
+        self.buffer.prune(oldest)
 
     def resume(self) -> bool:
         """Go back to the newest checkpoint, if there is one. A collective. Returns whether there was."""
-        found = load_latest(self._checkpoints, self.trainer.sharded_state_dict)
+        found = load_latest(self.run.dir / "checkpoints", self.trainer.sharded_state_dict)
         if found is None:
             step = 0
         else:
             step = found.step
             self.trainer.load_sharded(found.state)
+            extra: dict[str, Any] = found.extra or {}  # a rank that was not there then has none
+            if extra:
+                set_random_state(extra["random"])
             if self.sampler is not None:
-                self.sampler.load_state_dict(found.extra["sampler"])
+                self.sampler.load_state_dict(extra["sampler"])
         self.buffer.rewind(step)
         self.run.log.rewind(step if found is not None else -1)
         self.run.first_step = step

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tandem.engine.build import Parts, stop_token_ids
-from tandem.engine.checkpoint.disk import read_hf_config
+from tandem.engine.checkpoint.hf_folder import read_hf_config
 from tandem.engine.checkpoint.serve_folder import serve_folder
 from tandem.engine.config import DataConfig, RepetitionConfig, RewardConfig, RolloutConfig
 from tandem.engine.data.prompts import load_prompts

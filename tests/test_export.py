@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tandem.engine import cli
-from tandem.engine.checkpoint.disk import save_checkpoint
 from tandem.engine.checkpoint.names import NameMap
 from tandem.engine.checkpoint.plan import Region
+from tandem.engine.checkpoint.save import CheckpointSaver
 from tandem.engine.config import MeshConfig, ModelConfig, RunConfig
 from tandem.engine.data.tokenizer import load_tokenizer, padded_vocab_size
 from tandem.engine.trainer.layers import qwen3_hf_config
@@ -38,7 +38,7 @@ def save_run(run_dir: Path, config: RunConfig) -> list[tuple[tuple[str, Region],
         if shard.tensor.dim() == 1:  # norms start as ones, which would hide that they were not loaded
             shard.tensor.mul_(torch.linspace(0.5, 2.0, len(shard.tensor)))
     trainer.weights_changed()
-    save_checkpoint(run_dir / "checkpoints", 7, trainer.sharded_state_dict(), keep=1)
+    CheckpointSaver(run_dir / "checkpoints", keep=1, asynchronous=False).save(7, trainer.sharded_state_dict())
     held = []
     for view in (view for shard in shards for view in NameMap(hf_config).views(shard)):
         part = torch.empty([stop - start for start, stop in view.region])

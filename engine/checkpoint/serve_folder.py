@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from tandem.engine.checkpoint.disk import read_hf_config
+from tandem.engine.checkpoint.hf_folder import read_hf_config
 from tandem.engine.checkpoint.names import NameMap
 from tandem.engine.checkpoint.safetensors_folder import open_safetensors
 from tandem.engine.types import BucketEntry, WeightSink
