@@ -1,39 +1,18 @@
-"""Tiny Hugging Face models in fp32, the rows they are tried on, and their weights under Megatron's names."""
+"""Tiny Qwen3 models, the rows they are tried on, and their weights under Megatron's names, cut by hand."""
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tandem.engine.algo.pack import TrainingRow
+from tests.trainer import families
+from tests.trainer.families import VOCAB
 
-VOCAB, HIDDEN, LAYERS, HEADS, GROUPS, WIDTH, EXPERTS = 64, 32, 4, 4, 2, 8, 4
+HIDDEN, LAYERS, GROUPS, EXPERTS = 32, 4, 2, 4
 
 
 def hf_model(*, moe: bool = False, tied: bool = False) -> torch.nn.Module:
-    """Weights large enough that every gradient is far from 0."""
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": GROUPS,
-        "head_dim": WIDTH,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": tied,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-        "attn_implementation": "eager",
-    }
-    if moe:
-        config = Qwen3MoeConfig(**sizes, moe_intermediate_size=16, num_experts=EXPERTS, num_experts_per_tok=2, norm_topk_prob=True)
-        model = Qwen3MoeForCausalLM(config)
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = 1.0 + 0.1 * noise if "norm" in name else 0.2 * noise
-    return model.float().eval()
+    """See `families.hf_model`."""
+    return families.hf_model("qwen3_moe" if moe else "qwen3, tied" if tied else "qwen3")
 
 
 def training_rows(lengths: list[tuple[int, int]], seed: int = 0) -> list[TrainingRow]:
