@@ -74,8 +74,12 @@ def write_tensors(writer: filesystem_async.FileSystemWriterAsync) -> tuple[list[
                     results.append(_write_item(writer.transforms, stream, data, item, storage_key, SerializationFormat.TORCH_SAVE))
                 stream.flush()
                 os.fsync(stream.fileno())
-        except OSError as error:
-            error.filename = path  # a failed write does not know it
-            raise
+        except (OSError, RuntimeError) as error:
+            failed: BaseException | None = error  # torch says that it could not write, and not why: that is what it was handling
+            while failed is not None and not isinstance(failed, OSError):
+                failed = failed.__context__
+            if failed is None:
+                raise
+            raise OSError(failed.errno, failed.strerror, path) from error
         files.append(Path(path))
     return results, files
