@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from tandem.engine.checkpoint.disk import load_latest
-from tandem.engine.checkpoint.hf_folder import load_hf_weights, read_hf_config, read_stop_token_ids
+from tandem.engine.checkpoint.hf_folder import load_hf_weights, read_stop_token_ids
 from tandem.engine.checkpoint.save import CheckpointSaver
 from tandem.engine.checkpoint.swap import WeightSwap
-from tandem.engine.config import ModelConfig, check
+from tandem.engine.data.arithmetic import prompts as task_prompts
 from tandem.engine.data.arithmetic import write_task
-from tandem.engine.data.prompts import load_prompts
+from tandem.engine.data.prompts import encode_prompt, load_prompts
 from tandem.engine.data.replay import ReplayBuffer
 from tandem.engine.data.sampler import PromptSampler
 from tandem.engine.data.sft import SFTExample, load_sft
-from tandem.engine.data.tokenizer import HFTokenizer, load_tokenizer, padded_vocab_size
+from tandem.engine.data.tokenizer import HFTokenizer, load_tokenizer
+from tandem.engine.feasibility import check_run
+from tandem.engine.hf_config import hf_config_of
 from tandem.engine.reward.judge import DOMAINS, Judge
 from tandem.engine.rollout.budget import generate_groups, sample_seed
 from tandem.engine.rollout.embedded import EmbeddedEngine
 from tandem.engine.run import Run
-from tandem.engine.trainer.layers import qwen3_hf_config
 from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh, destroy_mesh
 from tandem.engine.trainer.optimizer import learning_rate
@@ -46,20 +47,6 @@ def num_tokens(groups: Sequence[Group]) -> int:
     return sum(response.num_tokens for group in groups for response in group.responses)
 
 
-def hf_config_of(model: ModelConfig, tokenizer: HFTokenizer) -> dict[str, Any]:
-    """config.json of the model: that of its folder, or of a Qwen3 from scratch.
-
-    Raises: ValueError for a folder that is no model, or a context that the model was not made for.
-    """
-    if model.path is None:
-        return qwen3_hf_config(model, padded_vocab_size(tokenizer))
-    hf_config = read_hf_config(Path(model.path))
-    longest = hf_config["max_position_embeddings"]
-    rule = f"it must not exceed max_position_embeddings ({longest}) of {model.path}"
-    check(model.context_length <= longest, "model.context_length", model.context_length, rule)
-    return hf_config
-
-
 @contextlib.contextmanager
 def build(run: Run) -> Iterator["Parts"]:
     """Build the parts, and close what owns processes and files at the end, whatever happened."""
@@ -73,9 +60,11 @@ class Parts:
     def __init__(self, run: Run, stack: contextlib.ExitStack) -> None:
         self.run, config = run, run.config
         self.tokenizer = load_tokenizer(config.model.path)
-        prompts_file, held_out_file, self._sft_file = self._data_files()
-        self._resolve(prompts_file)
+        self._resolve()
         config = run.config
+        longest = self._longest_prompt()  # before anything is written, or a folder would hold a run that cannot be
+        check_run(config, num_ranks=run.num_ranks, ranks_per_node=run.ranks_per_node, longest_prompt=longest)
+        prompts_file, held_out_file, self._sft_file = self._data_files()
         run.save_config()
         hf_config = hf_config_of(config.model, self.tokenizer)
         self.hidden_size: int = hf_config["hidden_size"]
@@ -114,7 +103,15 @@ class Parts:
     def _read(self, file: Path, context_length: int) -> list[Prompt]:
         return load_prompts(file, self.tokenizer, self.run.config.data, context_length=context_length, domains=DOMAINS)
 
-    def _resolve(self, prompts_file: Path) -> None:
+    def _longest_prompt(self) -> int:
+        """Tokens of the longest prompt to train on."""
+        config, data = self.run.config, self.run.config.data
+        if data.prompts is not None:
+            return max(len(prompt.token_ids) for prompt in self._read(Path(data.prompts), config.model.context_length))
+        records = task_prompts(data.task, data.task.num_prompts, config.seed)
+        return max(len(encode_prompt(str(record["question"]), self.tokenizer, data)) for record in records)
+
+    def _resolve(self) -> None:
         """Settle what the user's own files leave open, and say so."""
         run, config = self.run, self.run.config
         model, data, say = config.model, config.data, run.log.say
@@ -122,7 +119,7 @@ class Parts:
             run.resolve(sft=())  # the task's examples would unteach a trained model
             say("No supervised warm start: model.path names a trained model, and data.sft no examples.")
         if model.path is None and data.prompts is not None and data.long_prompts == "error":
-            longest = max(len(prompt.token_ids) for prompt in self._read(prompts_file, UNBOUNDED))
+            longest = max(len(prompt.token_ids) for prompt in self._read(Path(data.prompts), UNBOUNDED))
             needed = longest + config.rollout.max_response_tokens
             if needed > model.context_length:
                 run.resolve(model=dataclasses.replace(model, context_length=needed))

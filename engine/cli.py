@@ -100,6 +100,9 @@ def _train(args: list[str]) -> None:
 
         run_recipe(launch.config)
         return
+    from tandem.engine.feasibility import check_run
+
+    check_run(launch.config, num_ranks=launch.nproc, ranks_per_node=launch.nproc)  # sooner, and once, than every rank would
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launch.nproc}"]
     command = [sys.executable, *ranks, "-m", "tandem.engine.train", *without_option(args, "--nproc")]
     os.execv(sys.executable, command)

@@ -1,7 +1,7 @@
 """Every field of a run, one frozen dataclass per component. A recipe returns a `RunConfig`.
 
 The text under a field is what `tandem train RECIPE --help` prints. Each class checks itself: an error names the field, the
-value and the rule. Checks that need the number of ranks are in `engine/run.py`.
+value and the rule. What several fields, the model and the ranks must fulfil together is in `engine/feasibility.py`.
 """
 
 import dataclasses
@@ -355,22 +355,6 @@ class RunConfig:
         for name in ("timeout_s", "watchdog_s"):
             check(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
         check(self.grace_s >= 0, "grace_s", self.grace_s, "it must not be negative (0 ends the run at once)")
-        if self.loss.variant == "rest":
-            rule = "loss.variant=rest fits correct responses as they are and would ignore it; set it to 0"
-            check(self.length_penalty.weight == 0, "length_penalty.weight", self.length_penalty.weight, rule)
-            check(self.reward.repetition_penalty == 0, "reward.repetition_penalty", self.reward.repetition_penalty, rule)
-        check(
-            self.rollout.max_response_tokens < self.model.context_length,
-            "rollout.max_response_tokens",
-            self.rollout.max_response_tokens,
-            f"it must be less than model.context_length ({self.model.context_length}), which also holds the prompt",
-        )
-        check(
-            self.replay.groups_per_update <= self.sampling.groups_in_flight,
-            "replay.groups_per_update",
-            self.replay.groups_per_update,
-            f"it must not exceed sampling.groups_in_flight ({self.sampling.groups_in_flight})",
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and scalars, for config.json."""

@@ -5,11 +5,11 @@ import json
 import tempfile
 from pathlib import Path
 
-from tandem.engine.build import hf_config_of
 from tandem.engine.checkpoint.disk import load_latest
 from tandem.engine.checkpoint.hf_folder import GENERATION_CONFIG, export_hf, read_stop_token_ids
 from tandem.engine.config import MeshConfig, RunConfig, from_dict
 from tandem.engine.data.tokenizer import load_tokenizer
+from tandem.engine.hf_config import hf_config_of
 from tandem.engine.run import single_process_group
 from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh, destroy_mesh

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from tandem.engine.causes import cause_outside
-from tandem.engine.config import RunConfig, check
+from tandem.engine.config import RunConfig
 from tandem.engine.data.sampler import PromptSampler
 from tandem.engine.errors import RunEnded, Stopped
+from tandem.engine.feasibility import check_run
 from tandem.engine.hardware import describe_hardware, explain
 from tandem.engine.log import RunLog
 from tandem.engine.rollout.budget import new_group
@@ -58,17 +59,9 @@ class Run:
         else:  # by a caller that forked the ranks, all on this machine
             self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
             self.local_rank, self.ranks_per_node = self.rank, self.num_ranks
-        check(
-            self.ranks_per_node % config.rollout.tp == 0,
-            "rollout.tp",
-            config.rollout.tp,
-            f"it must divide the ranks of a node ({self.ranks_per_node})",
-        )
+        check_run(config, num_ranks=self.num_ranks, ranks_per_node=self.ranks_per_node)
         self.is_leader = self.rank % config.rollout.tp == 0
         self.leaders = tuple(range(0, self.num_ranks, config.rollout.tp))
-        budget = config.rollout.token_budget
-        rule = f"each of the {len(self.leaders)} rollout engines needs at least one token of it"
-        check(budget is None or budget >= len(self.leaders), "rollout.token_budget", budget, rule)
         self.dir = Path(config.run_dir or Path("runs") / config.name).absolute()
         self.hardware = describe_hardware(ranks_per_node=self.ranks_per_node)
         self.num_threads = max(1, self.hardware.num_cores // self.ranks_per_node)

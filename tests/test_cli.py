@@ -130,7 +130,6 @@ def test_a_stage_of_the_warm_start_can_be_changed(monkeypatch: pytest.MonkeyPatc
         (["toy_cpu", "--rollout.temprature", "1"], ["--rollout.temprature", "--rollout.temperature"]),
         (["toy_cpu", "--rollout.temperature", "-1"], ["rollout.temperature is -1.0", "must be positive"]),
         (["toy_cpu", "--rollout.temperature", "warm"], ["--rollout.temperature", "'warm'"]),
-        (["toy_cpu", "--replay.groups_per_update", "100000"], ["replay.groups_per_update is 100000", "must not exceed"]),
     ],
 )
 def test_a_mistake_ends_with_status_2_and_says_what_is_right(argv: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from tandem.engine.checkpoint.plan import Region
 from tandem.engine.checkpoint.save import CheckpointSaver
 from tandem.engine.config import MeshConfig, ModelConfig, RunConfig
 from tandem.engine.data.tokenizer import load_tokenizer, padded_vocab_size
-from tandem.engine.trainer.layers import qwen3_hf_config
+from tandem.engine.hf_config import qwen3_hf_config
 from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh, destroy_mesh
 from tests.ranks import run_ranks

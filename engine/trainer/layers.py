@@ -9,7 +9,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from tandem.engine.architecture import Architecture
-from tandem.engine.config import ModelConfig, TrainerConfig
+from tandem.engine.config import TrainerConfig
 from tandem.engine.trainer.attention import PackedCoreAttention
 from tandem.engine.trainer.batch import LocalBatch
 from tandem.engine.trainer.latent_attention import LatentSelfAttention
@@ -18,41 +18,6 @@ from tandem.engine.trainer.modules import Norm, SwiGLU, residual_add
 from tandem.engine.trainer.router import Router
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def qwen3_hf_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """config.json of a Qwen3, or Qwen3-MoE with `num_experts`, of the configured sizes."""
-    config: dict[str, Any] = {
-        "architectures": ["Qwen3MoeForCausalLM" if model.num_experts else "Qwen3ForCausalLM"],
-        "model_type": "qwen3_moe" if model.num_experts else "qwen3",
-        "vocab_size": vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_key_value_heads,
-        "head_dim": model.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": model.context_length,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "tie_word_embeddings": model.tie_word_embeddings,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-    }
-    if model.num_experts:
-        config |= {
-            "num_experts": model.num_experts,
-            "num_experts_per_tok": model.num_experts_per_tok,
-            "moe_intermediate_size": model.moe_intermediate_size,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "output_router_logits": False,
-            "router_aux_loss_coef": 0.0,
-        }
-    return config
 
 
 def _leave_unset(weight: torch.Tensor) -> None: ...

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
 
 from tandem.engine.architecture import Architecture
 from tandem.engine.config import MeshConfig
+from tandem.engine.mesh_rules import check_mesh, expert_tensor_parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def build_mesh(config: MeshConfig, hf_config: Mapping[str, Any]) -> Mesh:
     Raises: ValueError naming the fields if the ranks or the model cannot be divided that way.
     """
     world_size = dist.get_world_size()
-    check_mesh(config, hf_config, world_size)
+    check_mesh(config, Architecture.from_hf(hf_config), world_size)
     etp = expert_tensor_parallel(config)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
@@ -87,62 +88,20 @@ def build_mesh(config: MeshConfig, hf_config: Mapping[str, Any]) -> Mesh:
     )
 
 
-def expert_tensor_parallel(config: MeshConfig) -> int:
-    """mesh.etp, resolved: 1 when experts are spread over ranks, else tp (see `check_mesh`)."""
-    if config.etp is not None:
-        return config.etp
-    return 1 if config.ep > 1 else config.tp
+def check_schedule(config: ModelParallelConfig) -> None:
+    """Raise ValueError for a pipeline that megatron-core 0.16.1 computes wrongly without a word.
+
+    With two stages the interleaved schedule confuses what a rank sends with what it gets, unless it sends and receives apart.
+    """
+    if config.virtual_pipeline_model_parallel_size is None or config.pipeline_model_parallel_size > 2:
+        return
+    if not config.overlap_p2p_comm:
+        raise ValueError(
+            f"overlap_p2p_comm is False with pp={config.pipeline_model_parallel_size} and "
+            f"vpp={config.virtual_pipeline_model_parallel_size}: gradients would be wrong; set it to True, and batch_p2p_comm to False"
+        )
 
 
 def destroy_mesh() -> None:
     """Forget Megatron's process groups."""
     parallel_state.destroy_model_parallel()
-
-
-def check_mesh(config: MeshConfig, hf_config: Mapping[str, Any], world_size: int) -> None:
-    """Raise ValueError, naming the fields, unless `world_size` ranks can train the model on this mesh."""
-    product = config.tp * config.pp * config.cp
-    if world_size % product:
-        fits = [n for n in range(config.pp, 0, -1) if world_size % (config.tp * config.cp * n) == 0]
-        advice = f"set mesh.pp={fits[0]} (dp={world_size // (config.tp * config.cp * fits[0])}), or " if fits else ""
-        raise ValueError(
-            f"{world_size} ranks do not hold tp={config.tp} x pp={config.pp} x cp={config.cp} ({product}); "
-            f"{advice}launch a multiple of {product}"
-        )
-    architecture = Architecture.from_hf(hf_config)
-    heads, kv_heads, layers, vocab = architecture.num_heads, architecture.num_kv_heads, architecture.num_layers, architecture.vocab_size
-    for name, value in (("num_attention_heads", heads), ("vocab_size", vocab), ("intermediate_size", architecture.intermediate_size)):
-        if value % config.tp:
-            raise ValueError(f"mesh.tp={config.tp} does not divide the model's {name}={value}; set mesh.tp to a divisor of it")
-    if kv_heads % config.tp and config.tp % kv_heads:
-        raise ValueError(
-            f"mesh.tp={config.tp} and the model's num_key_value_heads={kv_heads} do not divide each other; set mesh.tp so that one does"
-        )
-    if layers % (config.pp * config.vpp):
-        raise ValueError(
-            f"mesh.pp={config.pp} x mesh.vpp={config.vpp} does not divide the model's num_hidden_layers={layers}; "
-            f"set them so that their product divides {layers}"
-        )
-    num_experts = architecture.num_experts
-    etp = expert_tensor_parallel(config)
-    if not num_experts:
-        if config.ep > 1 or config.etp not in (None, 1):
-            raise ValueError(f"mesh.ep={config.ep}, mesh.etp={config.etp}, but {hf_config['model_type']} has no experts; set both to 1")
-        return
-    if num_experts % config.ep:
-        raise ValueError(f"mesh.ep={config.ep} does not divide the model's num_experts={num_experts}; set mesh.ep to a divisor of it")
-    if world_size % (config.ep * etp * config.pp):
-        raise ValueError(
-            f"{world_size} ranks do not hold ep={config.ep} x etp={etp} x pp={config.pp} ({config.ep * etp * config.pp}); "
-            f"set mesh.ep to a divisor of {world_size // config.pp // etp}"
-        )
-    if config.ep == 1 and etp != config.tp:
-        raise ValueError(
-            f"mesh.etp={etp} with mesh.ep=1 and mesh.tp={config.tp}: Megatron reduces the gradients of experts that are not spread over "
-            f"ranks like dense ones, which is wrong unless etp is tp; set mesh.etp={config.tp}, or mesh.ep above 1"
-        )
-    if config.tp > 1 and not config.sequence_parallel:
-        raise ValueError(
-            f"mesh.tp={config.tp} with num_experts={num_experts} needs mesh.sequence_parallel=True: "
-            "without it every tp rank would send the same tokens to the experts"
-        )

@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 import tandem.engine.trainer  # noqa: F401  before megatron
 from tandem.engine.checkpoint.names import NameMap, Region
 from tandem.engine.config import LossConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainerConfig
-from tandem.engine.trainer.layers import qwen3_hf_config
+from tandem.engine.hf_config import qwen3_hf_config
 from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh
 from tandem.engine.trainer.state import random_state, rectangles, set_random_state
