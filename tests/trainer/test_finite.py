@@ -14,7 +14,7 @@ from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh
 from tandem.engine.trainer.model import named_weights
 from tests.ranks import run_ranks
-from tests.trainer.test_megatron import microbatches_of
+from tests.trainer.compare import microbatches_of
 from tests.trainer.test_state import hf_config
 
 STOP = TrainerConfig(optimizer=OptimizerConfig(lr=1e-3))

@@ -17,8 +17,8 @@ from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh
 from tandem.engine.trainer.optimizer import learning_rate
 from tests.ranks import run_ranks
-from tests.trainer.qwen3 import training_rows
-from tests.trainer.test_megatron import microbatches_of
+from tests.trainer.compare import microbatches_of
+from tests.trainer.reference import training_rows
 from tests.trainer.test_state import hf_config
 
 

@@ -19,7 +19,8 @@ from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh
 from tandem.engine.trainer.state import random_state, rectangles, set_random_state
 from tests.ranks import run_ranks
-from tests.trainer.test_megatron import LENGTHS, microbatches_of
+from tests.trainer.compare import microbatches_of
+from tests.trainer.reference import LENGTHS
 
 CONFIG = TrainerConfig(optimizer=OptimizerConfig(lr=1e-2, eps=1e-3))
 NUM_TARGETS = sum(response for _, response in LENGTHS)
