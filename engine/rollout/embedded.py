@@ -23,7 +23,7 @@ import torch
 from tandem.engine.buckets import BucketStream
 from tandem.engine.config import RolloutConfig
 from tandem.engine.rollout.architecture import Architecture, WorkerSetup
-from tandem.engine.types import BucketEntry, Completion, EngineDiedError, GenerationRequest, TensorMeta
+from tandem.engine.types import BucketEntry, Completion, EngineDiedError, GenerationRequest, StopState, TensorMeta
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LOG_TAIL_BYTES = 3000
@@ -53,8 +53,9 @@ class EmbeddedEngine:
     """Generates on the CPU in a child process.
 
     Log-probs are those of `Completion`: natural logarithms under softmax(logits / temperature) over the whole vocabulary, in
-    float32, not renormalised for top-p and top-k; of greedy requests at temperature 1. The same requests in the same
-    order on the same weights give the same tokens; a sample's random numbers depend on its seed and position only.
+    float32, not renormalised for top-p and top-k; of greedy requests at temperature 1. In float32 a completion's tokens and
+    log-probs are a function of the weights and its request, to the last bit: the other requests, their order, `max_batch` and what is
+    recorded change nothing. (tests/rollout/test_invariance.py says whether the machine's libraries keep this, also in bfloat16.)
 
     Commands are sent by one thread at a time; `abort` may be called from any.
     """
@@ -99,6 +100,7 @@ class EmbeddedEngine:
 
     def _start(self) -> None:
         self._policy_version = -1
+        self._digest: str | None = None  # of the committed weights, once somebody asked
         self._stream: BucketStream | None = None
         self._generating = False
         self._num_sent = 0
@@ -127,8 +129,14 @@ class EmbeddedEngine:
 
     @property
     def weights_digest(self) -> str | None:
-        """See `RolloutEngine.weights_digest`."""
-        return None
+        """See `RolloutEngine.weights_digest`. Computed when asked for the first time after a commit: the child then reads all the weights
+        once.
+
+        Raises: RuntimeError when it is not known yet and a generation runs, or when the child died.
+        """
+        if self._digest is None and self._policy_version >= 0:
+            self._digest = self._command("digest")
+        return self._digest if self._policy_version >= 0 else None
 
     @property
     def is_alive(self) -> bool:
@@ -169,13 +177,14 @@ class EmbeddedEngine:
                     if payload is not None:
                         raise RuntimeError(f"{self._name()} failed to generate: {payload!r}\n{self._log_tail()}") from payload
                     return
-                for index, tokens, logprobs, stop in payload:
+                for end in payload:
                     yield Completion(
-                        request_id=requests[index].request_id,
-                        token_ids=tuple(tokens.tolist()),
-                        logprobs=tuple(logprobs.tolist()),
-                        stop=stop,
+                        request_id=requests[end.index].request_id,
+                        token_ids=tuple(end.tokens.tolist()),
+                        logprobs=tuple(end.logprobs.tolist()),
+                        stop=end.stop,
                         policy_version=self._policy_version,
+                        routed_experts=end.routed_experts,
                     )
         finally:
             if self._generating:
@@ -210,6 +219,18 @@ class EmbeddedEngine:
                 raise ValueError(f"{name}: temperature is {request.temperature}; it must not be negative")
             if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
                 raise ValueError(f"{name}: token ids must lie in [0, {vocab_size})")
+            if request.recorded is not None:
+                self._check_recorded(name, request.max_new_tokens, request.recorded)
+
+    def _check_recorded(self, name: str, max_new_tokens: int, recorded: Completion) -> None:
+        """Whether this generation could have made it. Raises ValueError."""
+        version, length = recorded.policy_version, len(recorded.token_ids)
+        if version != self._policy_version:
+            raise ValueError(f"{name}: its recorded completion is of policy version {version}, the engine serves {self._policy_version}")
+        if length > max_new_tokens:
+            raise ValueError(f"{name}: its recorded completion has {length} tokens, max_new_tokens is {max_new_tokens}")
+        if recorded.stop is StopState.ABORTED:
+            raise ValueError(f"{name}: its recorded completion was aborted, which no request repeats; ask without it")
 
     def abort(self, request_ids: Collection[str] | None = None) -> None:
         """See `RolloutEngine.abort`. Nothing happens when no generation runs; ids that are not running are ignored."""
@@ -241,6 +262,7 @@ class EmbeddedEngine:
     def commit(self) -> None:
         """See `WeightSink.commit`. Nothing computed with the old weights is kept."""
         self._policy_version = self._command("commit")
+        self._digest = None
 
     def rollback(self) -> None:
         """See `WeightSink.rollback`."""

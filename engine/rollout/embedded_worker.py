@@ -53,6 +53,7 @@ class Worker:
             "receive": self._store.receive,
             "commit": self._store.commit,
             "rollback": self._store.rollback,
+            "digest": self._digest,
         }
         try:
             return commands[command](*arguments)
@@ -62,6 +63,9 @@ class Worker:
 
     def _prepare(self, policy_version: int, tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> None:
         self._store.prepare(policy_version, [TensorMeta(name=name, shape=shape, dtype=dtype) for name, shape, dtype in tensors])
+
+    def _digest(self) -> str | None:
+        return None if self._store.serving is None else self._store.serving.digest()
 
     def _generate(self, requests: Sequence[GenerationRequest], token_budget: int | None) -> None:
         weights = self._store.serving
@@ -76,7 +80,7 @@ class Worker:
                 token_budget=token_budget,
             )
             for ended in scheduler.run(lambda: self._poll_aborted(requests)):
-                self._connection.send(("ended", [(e.index, e.tokens, e.logprobs, e.stop) for e in ended]))
+                self._connection.send(("ended", ended))
         except (EOFError, OSError):
             raise
         except Exception as error:

@@ -1,18 +1,19 @@
 """Continuous batching: responses take a row of the batch when one is free and leave it when they end.
 
 Everything is decided by the requests and their order: admission is first come, first served; the rows of a step are
-all that are active. Rows are kept dense, and re-sorted by length when their attention would be mostly padding.
+all that are active; what ends in the same step ends in the order of the requests. Rows are kept dense, and re-sorted by length when
+their attention would be mostly padding.
 """
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from tandem.engine.config import RolloutConfig
 from tandem.engine.rollout.inference import ATTENTION_ROWS, InferenceModel, KVCache
+from tandem.engine.rollout.recorded import Ended, RecordedRows
 from tandem.engine.rollout.repetition import BatchedRepetitionDetector
 from tandem.engine.rollout.sampling import sample, uniforms
 from tandem.engine.rollout.weights import ModelWeights
@@ -23,16 +24,6 @@ _STEPS_BETWEEN_SORTS = 16
 _PADDING_BEFORE_SORT = 1.15  # padded over true keys
 
 Poll = Callable[[], Collection[str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A request that ended: its position in the list of requests, tokens [n] int32 and log-probs [n] float32."""
-
-    index: int
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    stop: StopState
 
 
 class Scheduler:
@@ -60,7 +51,8 @@ class Scheduler:
         longest_new = max((r.max_new_tokens for r in requests), default=1)
         self._cache = KVCache(model.architecture, model.dtype, num_rows, length)
         self._repetition = BatchedRepetitionDetector(config.repetition, num_rows)
-        self._num_active = 0
+        self._recorded = RecordedRows(requests)
+        self._num_active = 0  # rows that compute
         self._steps_since_sort = 0
         # Row state: rows 0 … num_active-1 are in use.
         self._index = np.zeros(num_rows, dtype=np.int64)  # which request
@@ -86,16 +78,15 @@ class Scheduler:
 
     def run(self, poll_aborted: Poll) -> Iterator[list[Ended]]:
         """Yield what ended after each step that ended something. `poll_aborted` is asked between steps for ids to abort."""
-        while self._queue or self._num_active:
+        while self._queue or self._num_active or self._recorded:
             ended = self._abort(poll_aborted())
             if self._budget_left == 0:
                 ended += self._end_all(StopState.BUDGET)
             else:
                 ended += self._admit()
-                if self._num_active:
-                    ended += self._step()
+                ended += self._step()
             if ended:
-                yield ended
+                yield sorted(ended, key=lambda end: end.index)
 
     def _admit(self) -> list[Ended]:
         """Fill free rows in request order. What a row needs in its cache is copied from a row with the same prompt, if any."""
@@ -104,11 +95,14 @@ class Scheduler:
         copies: list[tuple[int, int, int]] = []
         prompts: list[np.ndarray] = []
         rows: list[int] = []
-        while self._queue and self._num_active < len(self._index):
+        while self._queue and self._num_active + len(self._recorded) < len(self._index):
             index = self._queue.popleft()
             request = self._requests[index]
             if request.max_new_tokens == 0:
                 ended.append(_nothing(index, StopState.LENGTH))
+                continue
+            if request.recorded is not None:
+                self._recorded.admit(index)
                 continue
             if holders is None:
                 active = self._index[: self._num_active].tolist()
@@ -137,17 +131,25 @@ class Scheduler:
         return ended
 
     def _step(self) -> list[Ended]:
-        """Decode one token in every active row."""
+        """One token for every active request that the budget still covers: the earliest requests get the last ones."""
+        indices = self._recorded.indices
+        active = [*self._index[: self._num_active].tolist(), *indices]
+        chosen: set[int] | None = None
+        if self._budget_left is not None:
+            if self._budget_left < len(active):
+                chosen = set(sorted(active)[: self._budget_left])
+            self._budget_left -= len(active) if chosen is None else len(chosen)
+        ended = self._recorded.step(indices if chosen is None else [index for index in indices if index in chosen])
+        return ended + self._decode(chosen) if self._num_active else ended
+
+    def _decode(self, chosen: set[int] | None) -> list[Ended]:
+        """Decode one token in every row that computes; only the requests in `chosen` keep it (None: all)."""
         self._sort_rows()
         n = self._num_active
         logits = self._model.decode(self._weights, self._cache, torch.from_numpy(self._token[:n]), self._position[:n])
         random = uniforms(self._seed[:n], self._num_new[:n])
         tokens, logprobs = sample(logits, random, self._temperature[:n], top_k=self._config.top_k, top_p=self._config.top_p)
-        rows = np.arange(n)
-        if self._budget_left is not None:
-            if self._budget_left < n:  # the earliest requests get the last tokens
-                rows = np.sort(np.argsort(self._index[:n], kind="stable")[: self._budget_left])
-            self._budget_left -= len(rows)
+        rows = np.arange(n) if chosen is None else np.flatnonzero([index in chosen for index in self._index[:n].tolist()])
         self._new_tokens[rows, self._num_new[rows]] = tokens[rows]
         self._new_logprobs[rows, self._num_new[rows]] = logprobs[rows]
         self._num_new[rows] += 1
@@ -168,12 +170,15 @@ class Scheduler:
             return []
         rows = [(row, StopState.ABORTED) for row in range(self._num_active) if self._requests[self._index[row]].request_id in request_ids]
         ended = self._leave(rows)
+        recorded = [index for index in self._recorded.indices if self._requests[index].request_id in request_ids]
+        ended += self._recorded.leave(recorded, StopState.ABORTED)
         waiting = [i for i in self._queue if self._requests[i].request_id in request_ids]
         self._queue = deque(i for i in self._queue if i not in set(waiting))
         return ended + [_nothing(i, StopState.ABORTED) for i in waiting]
 
     def _end_all(self, stop: StopState) -> list[Ended]:
         ended = self._leave([(row, stop) for row in range(self._num_active)])
+        ended += self._recorded.leave(self._recorded.indices, stop)
         ended += [_nothing(i, StopState.LENGTH if self._requests[i].max_new_tokens == 0 else stop) for i in self._queue]
         self._queue.clear()
         return ended

@@ -4,10 +4,12 @@ Query, key and value projections (and gate and up) lie one after another in one 
 the tensors under their Hugging Face names are row ranges of those, so a swap needs no copy beyond the one that receives it.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import xxhash
 
 from tandem.engine.rollout.architecture import Architecture
 
@@ -96,3 +98,10 @@ class ModelWeights:
             layer.qk_norm[a.num_heads :] = layer.k_norm
         if self.head_fp32 is not self.head:
             self.head_fp32.copy_(self.head)
+
+    def digest(self) -> str:
+        """32 hexadecimal digits: equal ones mean equal names, dtype and bytes, however they arrived. Reads all the weights once."""
+        digest = hashlib.blake2b(str(self.dtype).encode(), digest_size=16)
+        for name, content in self.bytes.items():
+            digest.update(name.encode() + b"\0" + xxhash.xxh3_128_digest(content))
+        return digest.hexdigest()

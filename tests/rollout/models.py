@@ -43,8 +43,9 @@ def tiny_model(
     if kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**sizes | changes))
     else:
-        experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes | experts | {"mlp_only_layers": [1]} | changes))
+        experts: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
+        experts["mlp_only_layers"] = [1]
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes | experts | changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):

@@ -20,6 +20,7 @@ class CountingEngine:
 
     def __init__(self) -> None:
         self.policy_version = 3
+        self.weights_digest = None
         self.requests: list[GenerationRequest] = []
 
     def generate(self, requests: Sequence[GenerationRequest], *, token_budget: int | None = None) -> Generator[Completion, None, None]:

@@ -164,9 +164,28 @@ def test_buckets_that_cannot_be_are_errors(engine: EmbeddedEngine, models: list[
             engine.load(path, entries)
 
 
+def test_equal_weights_have_equal_digests_however_they_arrive(engine: EmbeddedEngine, models: list[PreTrainedModel]) -> None:
+    first = engine.weights_digest
+    assert first is not None
+    send(engine, disk_tensors(models[1]), 1)
+    assert engine.weights_digest == first, "the old weights serve until the commit"
+    engine.commit()
+    assert engine.weights_digest not in (None, first)
+    send(engine, dict(reversed(disk_tensors(models[0]).items())), 2, bucket_bytes=1 << 12)
+    engine.commit()
+    assert engine.weights_digest == first
+    changed = disk_tensors(models[0])
+    changed["model.norm.weight"] = changed["model.norm.weight"].clone()
+    changed["model.norm.weight"].view(torch.int32)[-1] ^= 1
+    send(engine, changed, 3)
+    engine.commit()
+    assert engine.weights_digest not in (None, first)
+
+
 def test_a_child_killed_while_it_generates_is_noticed_and_replaced(models: list[PreTrainedModel]) -> None:
     with new_engine(models[0]) as engine:
         assert engine.policy_version == -1
+        assert engine.weights_digest is None
         with pytest.raises(RuntimeError, match="has no weights"):
             engine.generate([request()])
         serve(engine, models[0], policy_version=0)
@@ -187,6 +206,7 @@ def kill_and_replace(engine: EmbeddedEngine, next_model: PreTrainedModel) -> Non
         engine.prepare(1, metas(disk_tensors(next_model)))
     engine.restart()
     assert engine.policy_version == -1
+    assert engine.weights_digest is None
     serve(engine, next_model, policy_version=1)
     assert serves(engine, next_model, 1)
 

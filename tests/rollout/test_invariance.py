@@ -25,11 +25,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def start(shape: str, dtype: str, *, max_batch: int, num_threads: int = 1, **rollout: Any) -> EmbeddedEngine:
-    model = tiny_model(shape.split(",")[0], peaked=False, **SHAPES[shape])
+    model = tiny_model(shape.split(",")[0], dtype=getattr(torch, dtype), peaked=False, **SHAPES[shape])
     config = RolloutConfig(max_batch=max_batch, repetition=NO_REPETITION, **rollout)
     fixed: dict[str, Any] = {"context_length": CONTEXT_LENGTH, "stop_token_ids": (3,), "num_threads": num_threads}
     engine = EmbeddedEngine(model.config.to_dict(), config, dtype=dtype, **fixed)
-    serve(engine, model.to(dtype=getattr(torch, dtype)))
+    serve(engine, model)
     return engine
 
 
