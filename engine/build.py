@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tandem.engine.checkpoint.disk import load_latest
 from tandem.engine.checkpoint.hf_folder import load_hf_weights, read_stop_token_ids
@@ -12,27 +13,28 @@ from tandem.engine.checkpoint.save import CheckpointSaver
 from tandem.engine.checkpoint.swap import WeightSwap
 from tandem.engine.data.arithmetic import prompts as task_prompts
 from tandem.engine.data.arithmetic import write_task
+from tandem.engine.data.journal import SegmentJournal
 from tandem.engine.data.prompts import encode_prompt, load_prompts
 from tandem.engine.data.replay import ReplayBuffer
 from tandem.engine.data.sampler import PromptSampler
 from tandem.engine.data.sft import SFTExample, load_sft
 from tandem.engine.data.tokenizer import HFTokenizer, load_tokenizer
+from tandem.engine.errors import Stopped
 from tandem.engine.feasibility import check_run
+from tandem.engine.generation import Generation
 from tandem.engine.hf_config import hf_config_of
 from tandem.engine.reward.judge import DOMAINS, Judge
-from tandem.engine.rollout.budget import generate_groups, sample_seed
 from tandem.engine.rollout.embedded import EmbeddedEngine
 from tandem.engine.run import Run
 from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh, destroy_mesh
 from tandem.engine.trainer.optimizer import learning_rate
 from tandem.engine.trainer.state import random_state, set_random_state
-from tandem.engine.types import EngineDiedError, Group, Prompt
+from tandem.engine.types import Prompt
+from tandem.engine.watchdog import EXIT_SIGTERM
 
 # A context that holds any prompt.
 UNBOUNDED = 1 << 40
-# A rollout engine that dies this often in a row, without a finished phase between, ends the run.
-MAX_ENGINE_DEATHS = 3
 
 
 def stop_token_ids(tokenizer: HFTokenizer, model_path: str | Path | None) -> tuple[int, ...]:
@@ -40,11 +42,6 @@ def stop_token_ids(tokenizer: HFTokenizer, model_path: str | Path | None) -> tup
     of_tokenizer = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set[int]()
     of_model = read_stop_token_ids(Path(model_path)) if model_path is not None else ()
     return tuple(sorted({*of_tokenizer, *of_model}))
-
-
-def num_tokens(groups: Sequence[Group]) -> int:
-    """Response tokens of all groups."""
-    return sum(response.num_tokens for group in groups for response in group.responses)
 
 
 @contextlib.contextmanager
@@ -93,12 +90,17 @@ class Parts:
         (run.dir / "replay").mkdir(exist_ok=True)
         self.buffer = ReplayBuffer(run.dir / "replay" / f"rank_{run.rank}.sqlite")
         stack.callback(self.buffer.close)
+        self.journal = SegmentJournal(run.dir / "replay" / f"journal_{run.rank}.sqlite")
+        stack.callback(self.journal.close)
+        stop_ids = stop_token_ids(self.tokenizer, config.model.path)
+        self.generation = Generation(run, self.engine, self.journal, self.weights, stop_token_ids=stop_ids, leave=self._leave)
         keep, asynchronous, timeout_s = config.checkpoint.keep, config.checkpoint.asynchronous, config.checkpoint.timeout_s
         self.checkpoints = stack.enter_context(
             CheckpointSaver(run.dir / "checkpoints", keep=keep, asynchronous=asynchronous, timeout_s=timeout_s, group=run.control)
         )
-        self.num_generated = 0  # tokens, by this leader since the last step ended
-        self._num_deaths = 0  # of engines in a row
+        self._saved_step = -1  # the newest checkpoint's, which may still be on its way to the disk
+        self._save_s = math.nan  # seconds that the newest whole one took
+        self._sampler_state: dict[str, Any] | None = None  # what the present iteration started from
 
     def _read(self, file: Path, context_length: int) -> list[Prompt]:
         return load_prompts(file, self.tokenizer, self.run.config.data, context_length=context_length, domains=DOMAINS)
@@ -159,72 +161,62 @@ class Parts:
         """The examples of the supervised warm start, none longer than `max_tokens`."""
         return load_sft(self._sft_file, self.tokenizer, self.run.config.data, max_tokens=max_tokens)
 
-    def generate(
-        self, groups: Sequence[Group], step: int, *, token_budget: int | None = None, temperature: float | None = None
-    ) -> Iterator[Group]:
-        """Continue the responses of this leader's groups; see `generate_groups`. On other ranks there are none."""
-        if self.engine is None:
-            return
-        config, seed = self.run.config, self.run.config.seed
-        self.num_generated -= num_tokens(groups)
-        generated = generate_groups(
-            self.engine,
-            groups,
-            config=config.rollout,
-            context_length=config.model.context_length,
-            seed_of=lambda group, sample, segment: sample_seed(seed, step, group, sample, segment),
-            token_budget=token_budget,
-            temperature=temperature,
-            on_death=self._replace_engine if temperature is None else None,
-        )
-        for num_ended, group in enumerate(generated, start=1):
-            self.num_generated += num_tokens([group])
-            self.run.log.progress("rollout" if temperature is None else "evaluate", num_ended, len(groups))
-            yield group
-        self._num_deaths = 0 if self.engine.policy_version == step else self._num_deaths
-
-    def _replace_engine(self, error: EngineDiedError) -> None:
-        """Start another engine, which the next swap fills; give up when one after the other dies."""
-        self._num_deaths += 1
-        if self.engine is None or self._num_deaths > MAX_ENGINE_DEATHS:
-            raise error
-        self.run.log.event("engine died", rank=self.run.rank, error=str(error))
-        print(f"rank {self.run.rank}: {error}\nIt is replaced, and what it was generating is generated again.", flush=True)
-        self.engine.restart()
-
     def begin_iteration(self, step: int) -> None:
         """Stamp what the buffer gets with this iteration, and replace an engine that died while it was idle."""
         self.buffer.begin_iteration(step)
-        if self.engine is not None and not self.engine.is_alive:
-            self._replace_engine(EngineDiedError("the rollout engine died between two phases"))
+        self._sampler_state = self.sampler.state_dict() if self.sampler is not None else None
+        self.generation.begin_iteration(self._save_s)
 
     def begin_updates(self, step: int) -> None:
-        """The iteration's learning rate, and the fresh optimizer that the paper asks for."""
+        """The iteration's learning rate, and the fresh optimizer that the paper asks for. After SIGTERM, only if there is time."""
+        watchdog = self.run.watchdog
+        (has_no_time,) = self.run.any(watchdog.stop_requested and watchdog.left_s < self.generation.reserve_s)
+        if has_no_time:
+            self._leave(step)
         config = self.run.config.trainer
         if config.reset_optimizer:
             self.trainer.reset_optimizer()
         self.trainer.set_learning_rate(learning_rate(config.optimizer, step, self.run.config.steps))
 
     def checkpoint_if_due(self, step: int) -> None:
-        """Save every `checkpoint.every` iterations and after the last."""
+        """Save every `checkpoint.every` iterations and after the last; after SIGTERM also, and leave."""
         every = self.run.config.checkpoint.every
+        self._sampler_state = self.sampler.state_dict() if self.sampler is not None else None
+        (is_stopping,) = self.run.any(self.run.watchdog.stop_requested)
         self._prune(self.checkpoints.poll())
         if step == self.run.config.steps or (every and step % every == 0):
             self.save(step)
+        if is_stopping and step < self.run.config.steps:
+            self._leave(step)
+
+    def _leave(self, step: int) -> NoReturn:
+        """After SIGTERM, on all ranks: save what iteration `step` starts from, unless that is done, and end the run.
+
+        Until the updates begin, trainer and buffer can still go back there; segments that have ended are in the journal.
+        """
+        if self._saved_step != step:
+            self.save(step)
+        self._prune(self.checkpoints.wait())
+        if self.run.rank == 0:
+            print(f"Stopped by SIGTERM; started again, the run goes on with iteration {step}.", flush=True)
+        raise Stopped(EXIT_SIGTERM)
 
     def save(self, step: int) -> None:
         """Save everything that iteration `step` starts from: copied now, written while training goes on. A collective."""
         with self.run.log.phase("checkpoint"):
-            extra = {"random": random_state()} | ({"sampler": self.sampler.state_dict()} if self.sampler is not None else {})
+            extra = {"random": random_state()} | ({"sampler": self._sampler_state} if self._sampler_state is not None else {})
             self.checkpoints.save(step, self.trainer.sharded_state_dict(), extra)
+        self._saved_step = step
 
     def _prune(self, oldest: int | None) -> None:
         """A checkpoint has become whole, and `oldest` is now the oldest that the run can go back to: forget what only older ones need."""
         if oldest is None:
             return
         assert self.checkpoints.last is not None
+        self._save_s = self.checkpoints.last.total_s
         self.run.log.event("checkpoint is whole", **dataclasses.asdict(self.checkpoints.last))
         self.buffer.prune(oldest)
+        self.journal.prune(oldest)
 
     def resume(self) -> bool:
         """Go back to the newest checkpoint, if there is one. A collective. Returns whether there was."""
@@ -239,6 +231,8 @@ class Parts:
                 set_random_state(extra["random"])
             if self.sampler is not None:
                 self.sampler.load_state_dict(extra["sampler"])
+            self._saved_step = step
+        self._sampler_state = self.sampler.state_dict() if self.sampler is not None else None
         self.buffer.rewind(step)
         self.run.log.rewind(step if found is not None else -1)
         self.run.first_step = step

@@ -15,7 +15,6 @@ from tandem.engine.reward.judge import DOMAINS, Judge
 from tandem.engine.rollout.budget import generate_groups, new_group
 from tandem.engine.rollout.embedded import EmbeddedEngine
 from tandem.engine.run import Run
-from tandem.engine.trainer.layers import check_hf_config
 from tandem.engine.types import Prompt
 
 
@@ -33,12 +32,11 @@ def evaluate(run: Run, parts: Parts, step: int) -> dict[str, float]:
         mine: Sequence[Prompt] = []
         if run.is_leader:
             mine = parts.eval_prompts[run.leaders.index(run.rank) :: len(run.leaders)]
-        groups = [new_group(prompt, 1, first_iteration=step) for prompt in mine]
+        groups = [new_group(prompt, 1, first_iteration=step, serial=i) for i, prompt in enumerate(mine)]
         num_correct = num_tokens = 0
-        for group in parts.generate(groups, step, temperature=0.0):
+        for group in parts.generation.generate(groups, step, temperature=0.0):
             num_correct += parts.judge.score(group).verdicts[0].correct
             num_tokens += group.responses[0].num_tokens
-        parts.num_generated = 0
         num_prompts = len(parts.eval_prompts)
         return {
             "eval/pass_at_1": run.sum(num_correct) / num_prompts,
@@ -65,7 +63,6 @@ def evaluate_model(
     Raises: ValueError for a folder that is no model, or none that can be trained here, and a prompts file with a bad line.
     """
     hf_config = read_hf_config(model)
-    check_hf_config(hf_config)
     tokenizer = load_tokenizer(model)
     context_length = hf_config["max_position_embeddings"]
     config = RolloutConfig(max_response_tokens=max_response_tokens, repetition=RepetitionConfig(max_period=0, ngram=0))

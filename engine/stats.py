@@ -25,14 +25,15 @@ def finish_step(run: Run, parts: Parts, step: int, groups: Sequence[Group], batc
             run.log.rollouts(step, rollout_rows(groups, batch, parts.tokenizer))
         metrics = {name if name.startswith("eval/") else f"train/{name}": value for name, value in stats.items()}
         metrics |= rollout_stats(run, groups, batch, step)
-        metrics["rollout/new_tokens"] = run.sum(parts.num_generated)
-        parts.num_generated = 0
+        metrics["rollout/new_tokens"] = run.sum(parts.generation.num_tokens)
+        num_reused = run.sum(parts.generation.num_reused)
         metrics["length_penalty/weight"] = run.config.length_penalty.weight_at(step)
     seconds = run.log.phase_seconds()
     compute_s = sum(seconds.get(name, 0.0) for name in COMPUTE_PHASES)
     step_s = run.log.step_seconds() - seconds.get("evaluate", 0.0)
     metrics["overhead_fraction"] = 1.0 - compute_s / step_s
-    metrics["rollout/tokens_per_s"] = metrics["rollout/new_tokens"] / max(1e-9, seconds["rollout"] + seconds.get("grade", 0.0))
+    num_generated = metrics["rollout/new_tokens"] - num_reused
+    metrics["rollout/tokens_per_s"] = num_generated / max(1e-9, seconds["rollout"] + seconds.get("grade", 0.0))
     metrics["train/tokens_per_s"] = stats.get("tokens", 0) / max(1e-9, seconds["train"])
     run.log.metrics(step, metrics)
     parts.checkpoint_if_due(step + 1)

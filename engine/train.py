@@ -35,7 +35,7 @@ def train(config: RunConfig) -> None:
                 with weights.serving(policy_version=step), phase("rollout"):  # moves nothing unless an engine was replaced
                     groups = buffer.pop_partial()  # cut by the token budget last time
                     groups += run.draw(sampler, groups, step=step)
-                    for group in parts.generate(groups, step, token_budget=run.share(config.rollout.token_budget)):
+                    for group in parts.generation.generate(groups, step, token_budget=run.share(config.rollout.token_budget)):
                         with phase("grade"):  # while the engine goes on generating
                             if group.is_finished:
                                 buffer.push_scored([judge.score(group)])

@@ -1,0 +1,285 @@
+"""A run that is killed anywhere, starved of disk, damaged or stopped goes on, and ends as if nothing had been."""
+
+import dataclasses
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.engine.config import SwapConfig
+from tandem.engine.data.journal import SegmentJournal
+from tandem.engine.trace import read_part
+from tests.faults import STEPS, faulty_run, outcome
+from tests.launched import Launched
+
+# Generous where a quiet machine needs seconds: a launch, what is left of a run, and the end of ranks whose peer died.
+LAUNCH_S, END_S = 100, 30
+# How long after a phase began a kill comes at most, in seconds: about as long as the phase takes.
+DELAYS = {"rollout": 0.3, "train": 0.1, "swap": 0.003, "checkpoint": 0.1}
+MOMENTS = tuple(DELAYS)
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder after the warm start."""
+    folder = tmp_path_factory.mktemp("faults")
+    launched = Launched(faulty_run(folder / "warm", steps=0), folder / "out")
+    assert launched.wait(LAUNCH_S) == [0, 0], launched.output()
+    return folder / "warm"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(warm: Path) -> dict[str, Any]:
+    """What a run that nothing happens to ends with."""
+    run = warm.with_name("undisturbed")
+    shutil.copytree(warm, run)
+    launched = Launched(faulty_run(run), warm.with_name("undisturbed_out"))
+    assert launched.wait(LAUNCH_S) == [0, 0], launched.output()
+    return outcome(run)
+
+
+@pytest.fixture
+def run_dir(warm: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the warm start. Whatever happens to the run, it leaves nothing in shared memory."""
+    before = set(os.listdir("/dev/shm"))
+    shutil.copytree(warm, tmp_path / "run")
+    yield tmp_path / "run"
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if "tandem" in name}
+
+
+def finish(run_dir: Path, folder: Path, **changes: Any) -> Launched:
+    """Launch the run and let it come to its end."""
+    launched = Launched(faulty_run(run_dir, **changes), folder)
+    assert launched.wait(LAUNCH_S) == [0, 0], launched.output()
+    assert not launched.left_behind(END_S)
+    return launched
+
+
+def stop_in(launched: Launched, rank: int, phase: str, delay_s: float, num_passed: int = 0) -> bool:
+    """Stop a rank (SIGSTOP) within its next phase of this name, `delay_s` after it began. False if the run ended before.
+
+    `num_passed` iterations with such a phase are let pass.
+    """
+    deadline, passed = time.monotonic() + LAUNCH_S, set[int]()
+    while not launched.poll() and time.monotonic() < deadline:
+        now, iteration = launched.beat(rank)
+        if now != phase or (iteration not in passed and len(passed) < num_passed):
+            if now == phase:
+                passed.add(iteration)
+            time.sleep(0.0002)
+            continue
+        if iteration in passed:
+            time.sleep(0.0002)
+            continue
+        time.sleep(delay_s)
+        launched.signal(rank, signal.SIGSTOP)
+        if launched.beat(rank) == (phase, iteration):
+            return True
+        launched.signal(rank, signal.SIGCONT)
+    return False
+
+
+def kill_and_resume(run_dir: Path, folder: Path, *, seed: int, kills: dict[str, int]) -> dict[str, int]:
+    """Kill a rank so many times in each phase, launching the run again after each, then let it end. Returns the kills of each phase."""
+    generator = random.Random(seed)
+    left = [phase for phase, count in kills.items() for _ in range(count)]
+    generator.shuffle(left)
+    done = dict.fromkeys(kills, 0)
+    for attempt in range(4 * len(left)):
+        if not left:
+            break
+        phase, rank = left[0], generator.randrange(2)
+        launched = Launched(faulty_run(run_dir), folder / f"out{attempt}")
+        if stop_in(launched, rank, phase, DELAYS[phase] * generator.random() ** 2, num_passed=generator.randrange(2)):
+            launched.signal(rank, signal.SIGKILL)
+            done[phase] += 1
+            left.pop(0)
+        statuses = launched.wait(END_S)
+        assert not launched.left_behind(END_S), "what a dead rank started must end by itself"
+        if statuses == [0, 0]:
+            # The run had no such phase left: it begins once more, from a checkpoint of its own.
+            for checkpoint in sorted((run_dir / "checkpoints").glob("step_*"))[1:]:
+                shutil.rmtree(checkpoint)
+            continue
+        assert statuses[rank] == -signal.SIGKILL, launched.output()
+        assert statuses[1 - rank] == 1, launched.output()
+        survivor = (launched.folder / f"rank_{1 - rank}.out").read_text()
+        assert f"rank {rank} is gone" in survivor or f"the process of rank {rank} ended" in survivor
+    finish(run_dir, folder / "last")
+    return done
+
+
+def test_kill_9_in_every_phase_changes_nothing(run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    kills = dict.fromkeys(MOMENTS, 1)
+    assert kill_and_resume(run_dir, tmp_path / "out", seed=1, kills=kills) == kills
+    assert outcome(run_dir) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [2, 3])
+def test_kill_9_at_ten_more_moments_changes_nothing(seed: int, run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    kills = {"rollout": 4, "train": 2, "swap": 2, "checkpoint": 2}
+    assert kill_and_resume(run_dir, tmp_path / "out", seed=seed, kills=kills) == kills
+    assert outcome(run_dir) == undisturbed
+
+
+def rollouts_of(run_dir: Path, rank: int, iteration: int) -> list[dict[str, int]]:
+    """What the trace says of a leader's generation in an iteration, oldest first."""
+    events = read_part(run_dir / "trace" / f"rank_{rank}.json")
+    return [event["args"] for event in events if event["name"] == "rollout" and event["ph"] == "i" and event["args"]["step"] == iteration]
+
+
+def test_what_had_been_generated_is_not_generated_again(run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    launched = Launched(faulty_run(run_dir), tmp_path / "killed")
+    journals = [run_dir / "replay" / f"journal_{rank}.sqlite" for rank in (0, 1)]
+
+    def recorded(iteration: int) -> list[int]:
+        return [SegmentJournal(file).num_tokens(iteration) if file.exists() else 0 for file in journals]
+
+    # Iteration 1 is done, but not in a checkpoint: its segments are all there; those of iteration 2 in part.
+    assert stop_in(launched, 0, "train", 0.0, num_passed=1)
+    launched.signal(0, signal.SIGKILL)
+    launched.wait(END_S)
+    before = [recorded(0), recorded(1)]
+    assert min(before[0] + before[1]) > 0
+
+    resumed = Launched(faulty_run(run_dir), tmp_path / "resumed")
+    assert resumed.wait(LAUNCH_S) == [0, 0], resumed.output()
+    assert outcome(run_dir) == undisturbed
+    for iteration in (0, 1):
+        for rank in (0, 1):
+            (newest,) = rollouts_of(run_dir, rank, iteration)[-1:]
+            assert newest["reused_tokens"] == before[iteration][rank]
+            assert newest["tokens"] == newest["reused_tokens"]
+
+
+def test_of_an_interrupted_phase_only_what_was_in_flight_is_generated(run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    launched = Launched(faulty_run(run_dir), tmp_path / "killed")
+    journal = run_dir / "replay" / "journal_1.sqlite"
+    deadline = time.monotonic() + LAUNCH_S
+    while time.monotonic() < deadline and not (journal.exists() and SegmentJournal(journal).num_tokens(0) > 100):
+        time.sleep(0.002)
+    launched.signal(1, signal.SIGKILL)
+    launched.wait(END_S)
+    before = SegmentJournal(journal).num_tokens(0)
+    finish(run_dir, tmp_path / "resumed")
+    assert outcome(run_dir) == undisturbed
+    newest = rollouts_of(run_dir, 1, 0)[-1]
+    assert newest["reused_tokens"] == before > 100
+    assert newest["tokens"] > newest["reused_tokens"]
+
+
+def test_other_sampling_settings_find_nothing_in_the_journal(run_dir: Path, tmp_path: Path) -> None:
+    launched = Launched(faulty_run(run_dir), tmp_path / "killed")
+    assert stop_in(launched, 0, "train", 0.0)
+    launched.signal(0, signal.SIGKILL)
+    launched.wait(END_S)
+    assert SegmentJournal(run_dir / "replay" / "journal_0.sqlite").num_tokens(0) > 0
+    config = faulty_run(run_dir)
+    rollout = dataclasses.replace(config.rollout, top_p=0.9)
+    finish(run_dir, tmp_path / "resumed", rollout=rollout, steps=1)
+    assert rollouts_of(run_dir, 0, 0)[-1]["reused_tokens"] == 0
+
+
+def test_a_killed_engine_changes_nothing(run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    """Killed while it generates, it is replaced within the run; while it takes over weights, the run ends and is started again."""
+    launched = Launched(faulty_run(run_dir), tmp_path / "out")
+    for rank, num_passed in ((0, 0), (1, 1)):
+        assert stop_in(launched, rank, "rollout", 0.02, num_passed=num_passed)
+        engine = next(pid for pid in launched.engines() if os.getpgid(pid) == launched.pids[rank])
+        os.kill(engine, signal.SIGKILL)
+        launched.signal(rank, signal.SIGCONT)
+    assert launched.wait(LAUNCH_S) == [0, 0], launched.output()
+    assert launched.output().count("died (exit status -9)") == 2
+    assert outcome(run_dir) == undisturbed
+
+
+def test_a_full_disk_ends_the_run_clearly_and_it_goes_on_once_there_is_room(
+    run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    """A disk of a few MB, filled so that the first checkpoint does not fit."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        shutil.copytree(run_dir, disk / "run")
+        free = shutil.disk_usage(disk).free
+        (disk / "filler").write_bytes(b"x" * (free - (1800 << 10)))
+        launched = Launched(faulty_run(disk / "run"), tmp_path / "full")
+        statuses = launched.wait(LAUNCH_S)
+        assert 0 not in statuses, launched.output()
+        assert "no room to write" in launched.output()
+        (disk / "filler").unlink()
+        finish(disk / "run", tmp_path / "resumed")
+        assert outcome(disk / "run") == undisturbed
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_journal_that_may_grow_no_more_ends_the_run_and_loses_nothing(run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    """As with a quota: no file may be larger than 200 kB, which the journal is soon."""
+    small = SwapConfig(bucket_bytes=65536)  # which are files in memory
+
+    def limit(rank: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    launched = Launched(faulty_run(run_dir, swap=small), tmp_path / "limited", prepare=limit)
+    statuses = launched.wait(LAUNCH_S)
+    assert 0 not in statuses, launched.output()
+    assert "no room to write in the phase 'rollout' of iteration 0" in launched.output()
+    before = SegmentJournal(run_dir / "replay" / "journal_0.sqlite").num_tokens(0)
+    assert before > 0
+    finish(run_dir, tmp_path / "resumed", swap=small)
+    assert rollouts_of(run_dir, 0, 0)[-1]["reused_tokens"] == before
+    assert outcome(run_dir) == undisturbed
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_goes_back_to_the_one_before(
+    run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    launched = Launched(faulty_run(run_dir), tmp_path / "killed")
+    assert stop_in(launched, 0, "train", 0.0, num_passed=2)
+    launched.signal(0, signal.SIGKILL)
+    launched.wait(END_S)
+    newest = run_dir / "checkpoints" / "step_00000002"
+    file = max((newest / "state").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    finish(run_dir, tmp_path / "resumed")
+    shutil.rmtree(newest.with_name("damaged_step_00000002"))
+    assert outcome(run_dir) == undisturbed
+
+
+def test_sigterm_saves_and_leaves_and_the_run_goes_on_as_if_nothing_had_been(
+    run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    for attempt, (phase, num_passed) in enumerate((("rollout", 0), ("train", 1))):
+        launched = Launched(faulty_run(run_dir), tmp_path / f"stopped{attempt}")
+        assert stop_in(launched, 0, phase, 0.01, num_passed=num_passed)
+        for rank in (0, 1):
+            launched.signal(rank, signal.SIGTERM)
+        launched.signal(0, signal.SIGCONT)
+        assert launched.wait(END_S) == [143, 143], launched.output()
+        assert "Stopped by SIGTERM; started again" in launched.output()
+        assert not launched.left_behind(END_S)
+    last = finish(run_dir, tmp_path / "resumed")
+    assert last.poll() == {0: 0, 1: 0}
+    ended, wanted = outcome(run_dir), dict(undisturbed)
+    # More checkpoints were made, so more of what was consumed is pruned.
+    for result in (ended, wanted):
+        del result["checkpoints"]
+        result["buffers"] = [[row for row in rows if row[2] is None or row[2] == STEPS - 1] for rows in result["buffers"]]
+    assert ended == wanted
