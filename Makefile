@@ -28,7 +28,7 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml setup.py
+$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Tandem needs Python 3.11 or later; $(PYTHON) is %d.%d. Set PYTHON=python3.11 (or later)." % v[:2])'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing $(TORCH) (some minutes the first time)"

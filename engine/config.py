@@ -21,17 +21,17 @@ T = TypeVar("T")
 class LossConfig:
     """The policy loss and the advantages it weighs."""
 
-    variant: Literal["mirror_descent", "grpo", "ppo_clip", "gspo", "rest"] = "mirror_descent"
+    variant: Literal["mirror_descent", "grpo", "ppo_clip", "gspo", "rest", "token_level"] = "mirror_descent"
     """mirror_descent: Kimi k1.5's squared surrogate on summed log-probs. grpo, ppo_clip: clipped token ratios. gspo: clipped sequence
-    ratio. rest: fit correct responses only."""
+    ratio. rest: fit correct responses only. token_level: token ratios clipped whatever the sign, with a squared log-ratio."""
     tau: float = 0.1
-    """Weight of the squared log-ratio to the iteration's reference (mirror_descent; not given in the paper)."""
+    """Weight of the squared log-ratio to the iteration's reference (mirror_descent, token_level; not given in the paper)."""
     baseline: Literal["mean", "log_mean_exp"] = "mean"
     """What is subtracted from a reward: the group's mean, or tau*log(mean(exp(reward/tau)))."""
     clip_low: float = 0.2
-    """Ratio clip below 1 (grpo, ppo_clip, gspo)."""
+    """Ratio clip below 1 (grpo, ppo_clip, gspo, token_level)."""
     clip_high: float = 0.2
-    """Ratio clip above 1 (grpo, ppo_clip, gspo)."""
+    """Ratio clip above 1 (grpo, ppo_clip, gspo, token_level)."""
     reference: Literal["recompute", "rollout"] = "recompute"
     """Log-probs of the policy at the iteration's start: computed by the trainer, or taken from the rollout."""
     stale_segments: Literal["mask", "train", "correct"] = "mask"

@@ -31,7 +31,7 @@ def deal_updates(run: Run, parts: Parts, groups: Sequence[Group], step: int) -> 
     """
     config, mesh = run.config, parts.mesh
     scores = score_groups(groups, loss=config.loss, reward=config.reward, length_weight=config.length_penalty.weight_at(step))
-    regularised = config.loss.variant == "mirror_descent" and config.loss.tau > 0
+    regularised = config.loss.variant in ("mirror_descent", "token_level") and config.loss.tau > 0
     num_responses_R = run.gather(sum(len(group.responses) for group in groups))
     row_id = sum(num_responses_R[: run.rank])
     rows = []

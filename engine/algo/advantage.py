@@ -1,24 +1,22 @@
 """From verdicts to rewards to advantages, one prompt's group at a time. Shapes: R responses, G groups."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from tandem.engine.algo.length import length_reward
+from tandem.engine.algo.grouping import by_group
 from tandem.engine.config import LossConfig, RewardConfig
 from tandem.engine.types import Group, StopState
-
-# Keeps the division finite where the standard deviation is tiny but not 0.
-STD_EPS = 1e-6
+from tandem.kernels.policy_loss import Baseline, group_statistics
 
 
 def group_advantages(
     rewards_R: torch.Tensor,
     group_R: torch.Tensor,
     *,
-    baseline: Literal["mean", "log_mean_exp"] = "mean",
+    baseline: Baseline = "mean",
     tau: float | None = None,
     normalise_std: bool = False,
 ) -> torch.Tensor:
@@ -40,29 +38,22 @@ def group_advantages(
         raise ValueError(f"rewards_R {tuple(rewards_R.shape)} and group_R {tuple(group_R.shape)} must be [R] with one R")
     if baseline == "log_mean_exp" and (tau is None or tau <= 0):
         raise ValueError(f"tau is {tau}; baseline=log_mean_exp divides by it, so it must be positive")
-    if rewards_R.numel() == 0:
-        return torch.zeros(0, device=rewards_R.device)
     if not torch.isfinite(rewards_R).all():
         bad = int((~torch.isfinite(rewards_R)).nonzero()[0])
         raise ValueError(f"the reward of response {bad} is {float(rewards_R[bad])}; it must be finite")
-    _, slot_R, count_G = torch.unique(group_R, return_inverse=True, return_counts=True)
-    zeros_G = torch.zeros(len(count_G), dtype=torch.float64, device=rewards_R.device)
-
-    def mean_R(values_R: torch.Tensor) -> torch.Tensor:
-        return (zeros_G.scatter_add(0, slot_R, values_R) / count_G)[slot_R]
-
-    # Counted from the largest reward, equal rewards cancel exactly and no exponential overflows.
-    largest_R = zeros_G.scatter_reduce(0, slot_R, rewards_R.double(), "amax", include_self=False)[slot_R]
-    below_R = rewards_R.double() - largest_R
-    if baseline == "mean":
-        advantages_R = below_R - mean_R(below_R)
-    else:
-        assert tau is not None
-        advantages_R = below_R - tau * mean_R(torch.exp(below_R / tau)).log()
-    if normalise_std:
-        std_R = mean_R((below_R - mean_R(below_R)) ** 2).sqrt()
-        advantages_R = advantages_R / (std_R + STD_EPS)
-    return advantages_R.float()
+    order_R, cu_groups = by_group(group_R)
+    graded_R, no_lengths_R = torch.ones_like(group_R, dtype=torch.bool), torch.zeros_like(group_R, dtype=torch.int32)
+    _, _, advantages_R = group_statistics(
+        rewards_R[order_R].float(),
+        no_lengths_R,
+        graded_R,
+        graded_R,
+        cu_groups,
+        baseline=baseline,
+        tau=tau if tau is not None else 0.0,
+        normalise_std=normalise_std,
+    )
+    return torch.empty_like(advantages_R).index_copy_(0, order_R, advantages_R)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,24 +92,20 @@ def score_groups(groups: Sequence[Group], *, loss: LossConfig, reward: RewardCon
     sizes = tuple(len(group.responses) for group in groups)
     responses = [response for group in groups for response in group.responses]
     verdicts = [verdict for group in groups for verdict in group.verdicts]
-    group_R = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
     graded_R = torch.tensor([verdict.graded for verdict in verdicts], dtype=torch.bool)
     correct_R = torch.tensor([verdict.correct for verdict in verdicts], dtype=torch.bool) & graded_R
-    lengths_R = torch.tensor([response.num_tokens for response in responses], dtype=torch.int64)
     repeated_R = torch.tensor([response.stop is StopState.REPETITION for response in responses], dtype=torch.bool)
-
-    length_rewards_R = torch.zeros(len(responses))
-    length_rewards_R[graded_R] = length_reward(lengths_R[graded_R], correct_R[graded_R], group_R[graded_R])
-    rewards_R = correct_R.float() + length_weight * length_rewards_R - reward.repetition_penalty * (repeated_R & graded_R).float()
+    length_rewards_R, rewards_R, advantages_R = group_statistics(
+        correct_R.float() - reward.repetition_penalty * repeated_R.float(),
+        torch.tensor([response.num_tokens for response in responses], dtype=torch.int32),
+        correct_R,
+        graded_R,
+        torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32),
+        length_weight=length_weight,
+        baseline=loss.baseline,
+        tau=loss.tau,
+        normalise_std=loss.variant in ("grpo", "gspo"),
+    )
     if loss.variant == "rest":
         advantages_R = correct_R.float()
-    else:
-        advantages_R = torch.zeros(len(responses))
-        advantages_R[graded_R] = group_advantages(
-            rewards_R[graded_R],
-            group_R[graded_R],
-            baseline=loss.baseline,
-            tau=loss.tau,
-            normalise_std=loss.variant in ("grpo", "gspo"),
-        )
     return Scores(rewards_R=rewards_R, length_rewards_R=length_rewards_R, advantages_R=advantages_R, graded_R=graded_R, group_sizes=sizes)

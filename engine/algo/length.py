@@ -2,6 +2,9 @@
 
 import torch
 
+from tandem.engine.algo.grouping import by_group
+from tandem.kernels.policy_loss import group_statistics
+
 
 def length_reward(lengths_R: torch.Tensor, correct_R: torch.Tensor, group_R: torch.Tensor) -> torch.Tensor:
     """Favour short answers among the responses of one prompt, and punish long wrong ones.
@@ -21,17 +24,9 @@ def length_reward(lengths_R: torch.Tensor, correct_R: torch.Tensor, group_R: tor
         raise ValueError(f"lengths_R, correct_R and group_R have the shapes {shapes}; all must be [R] with one R")
     if correct_R.dtype != torch.bool:
         raise ValueError(f"correct_R is {correct_R.dtype}; it must be torch.bool")
-    if lengths_R.numel() == 0:
-        return torch.zeros(0, device=lengths_R.device)
-    if lengths_R.min() < 0:
+    if lengths_R.numel() and lengths_R.min() < 0:
         raise ValueError(f"the length of response {int(lengths_R.argmin())} is {int(lengths_R.min())}; it must not be negative")
-    _, slot_R = torch.unique(group_R, return_inverse=True)
-    lengths_R = lengths_R.double()
-    zeros_G = lengths_R.new_zeros(int(slot_R.max()) + 1)
-    shortest_R = zeros_G.scatter_reduce(0, slot_R, lengths_R, "amin", include_self=False)[slot_R]
-    longest_R = zeros_G.scatter_reduce(0, slot_R, lengths_R, "amax", include_self=False)[slot_R]
-    spread_R = longest_R - shortest_R
-    # The clamp only keeps 0/0 out of groups of one length, which the last line sets to 0.
-    lambda_R = 0.5 - (lengths_R - shortest_R) / spread_R.clamp(min=1)
-    reward_R = torch.where(correct_R, lambda_R, lambda_R.clamp(max=0))
-    return torch.where(spread_R > 0, reward_R, 0).float()
+    order_R, cu_groups = by_group(group_R)
+    graded_R, base_R = torch.ones_like(correct_R), torch.zeros_like(lengths_R, dtype=torch.float32)
+    reward_R, _, _ = group_statistics(base_R, lengths_R[order_R].int(), correct_R[order_R], graded_R, cu_groups)
+    return torch.empty_like(reward_R).index_copy_(0, order_R, reward_R)

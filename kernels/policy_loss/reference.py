@@ -1,9 +1,55 @@
-"""Policy losses in plain torch, summed in fp64. The contract is in `tandem.kernels.policy_loss`.
+"""Policy losses and group statistics in plain torch, summed in fp64. The contracts are in `tandem.kernels.policy_loss`.
 
-Shapes: T tokens, R responses.
+Shapes: T tokens, R responses, G groups.
 """
 
 import torch
+
+# Keeps the division finite where the standard deviation is tiny but not 0.
+STD_EPS = 1e-6
+
+
+def group_statistics(
+    base_rewards_R: torch.Tensor,
+    lengths_R: torch.Tensor,
+    correct_R: torch.Tensor,
+    graded_R: torch.Tensor,
+    cu_groups: torch.Tensor,
+    *,
+    length_weight: float,
+    baseline: str,
+    tau: float,
+    normalise_std: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(length_rewards_R, rewards_R, advantages_R); see the package."""
+    num_groups, infinity = len(cu_groups) - 1, float("inf")
+    group_R = torch.repeat_interleave(torch.arange(num_groups, device=cu_groups.device), cu_groups.diff().long())
+    zeros_G = torch.zeros(num_groups, dtype=torch.float64, device=cu_groups.device)
+
+    def extreme_R(values_R: torch.Tensor, kind: str) -> torch.Tensor:
+        """Over the graded responses of each group."""
+        values_R = torch.where(graded_R, values_R, -infinity if kind == "amax" else infinity)
+        return zeros_G.scatter_reduce(0, group_R, values_R, kind, include_self=False)[group_R]
+
+    count_R = zeros_G.scatter_add(0, group_R, graded_R.double())[group_R].clamp(min=1)
+
+    def mean_R(values_R: torch.Tensor) -> torch.Tensor:
+        return zeros_G.scatter_add(0, group_R, torch.where(graded_R, values_R, 0.0))[group_R] / count_R
+
+    lengths = lengths_R.double()
+    shortest_R, longest_R = extreme_R(lengths, "amin"), extreme_R(lengths, "amax")
+    differs_R = graded_R & (longest_R > shortest_R)
+    # The inner choice only keeps 0/0 out of groups of one length, which the outer one sets to 0.
+    lambda_R = 0.5 - (lengths - shortest_R) / torch.where(differs_R, longest_R - shortest_R, 1.0)
+    length_rewards_R = torch.where(differs_R, torch.where(correct_R, lambda_R, lambda_R.clamp(max=0)), 0.0).float()
+    rewards_R = torch.where(graded_R, base_rewards_R.double() + length_weight * length_rewards_R.double(), 0.0).float()
+
+    # Counted from the largest reward, equal rewards cancel exactly and no exponential overflows.
+    below_R = torch.where(graded_R, rewards_R.double() - extreme_R(rewards_R.double(), "amax"), 0.0)
+    advantages_R = below_R - (tau * mean_R(torch.exp(below_R / tau)).log() if baseline == "log_mean_exp" else mean_R(below_R))
+    if normalise_std:
+        advantages_R = advantages_R / (mean_R((below_R - mean_R(below_R)) ** 2).sqrt() + STD_EPS)
+    return length_rewards_R, rewards_R, torch.where(graded_R, advantages_R, 0.0).float()
 
 
 def policy_loss(
@@ -11,13 +57,13 @@ def policy_loss(
     reference_logprobs_T: torch.Tensor,
     advantages_R: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    *,
-    tau: float,
     loss_mask_T: torch.Tensor | None,
+    importance_weights_T: torch.Tensor | None,
+    *,
     variant: str,
+    tau: float,
     clip_low: float,
     clip_high: float,
-    importance_weights_T: torch.Tensor | None,
 ) -> torch.Tensor:
     """loss_R; see the package."""
     num_responses, dtype = advantages_R.shape[0], logprobs_T.dtype
@@ -49,10 +95,12 @@ def policy_loss(
         loss_R = -advantages_R * per_response(weight_T * logprobs_T)
     elif variant == "gspo":
         loss_R = clipped(per_response(count_T * log_ratio_T) / count_R, advantages_R) * per_response(weight_T) / count_R
-    elif variant in ("grpo", "ppo_clip"):
+    elif variant == "token_level":
+        ratio_T, advantages_T = log_ratio_T.exp(), advantages_R[response_T]
+        bounded_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
+        loss_R = per_response(weight_T * (-bounded_T * advantages_T + tau * log_ratio_T.square()))
+    else:
         loss_R = per_response(weight_T * clipped(log_ratio_T, advantages_R[response_T]))
         if variant == "grpo":
             loss_R = loss_R / count_R
-    else:
-        raise ValueError(f"variant is {variant!r}; it must be mirror_descent, grpo, ppo_clip, gspo or rest")
     return loss_R.to(dtype)

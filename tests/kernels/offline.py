@@ -1,11 +1,14 @@
 """Compiles Triton kernels for a GPU that is not there, through their real wrappers on meta tensors.
 
-Run in a process of its own, without the interpreter:  `with compiling(90) as compiled: wrapper(torch.empty(…, device="meta"))`.
+In a process without the interpreter (`compile_offline`):  `with compiling(90) as compiled: wrapper(torch.empty(…, device="meta"))`.
 """
 
 import contextlib
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,3 +99,14 @@ def _examine(name: str, kernel: Any) -> Compiled:
 
 def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def compile_offline(script: str) -> list[Compiled]:
+    """Run a script that fills a list named `compiled`, in a process without the interpreter. Raises: RuntimeError with its errors."""
+    tail = "\nimport dataclasses, json\nprint(json.dumps([dataclasses.asdict(kernel) for kernel in compiled]))\n"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script + tail], capture_output=True, text=True, cwd=root, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return [Compiled(**kernel) for kernel in json.loads(done.stdout)]

@@ -29,6 +29,8 @@ def _one(variant: str, lp: torch.Tensor, ref: torch.Tensor, adv: torch.Tensor, m
         return -(adv * (w * lp).sum() - TAU / 2 * (w * (lp - ref)).sum() ** 2)
     if variant == "rest":
         return -adv * (w * lp).sum()
+    if variant == "token_level":
+        return (w * (-(lp - ref).exp().clamp(1 - LOW, 1 + HIGH) * adv + TAU * (lp - ref) ** 2)).sum()
     ratio = (lp - ref).mean().exp() if variant == "gspo" else (lp - ref).exp()
     term = -torch.min(ratio * adv, ratio.clamp(1 - LOW, 1 + HIGH) * adv)
     if variant == "gspo":
@@ -36,7 +38,7 @@ def _one(variant: str, lp: torch.Tensor, ref: torch.Tensor, adv: torch.Tensor, m
     return (w * term).mean() if variant == "grpo" else (w * term).sum()
 
 
-@pytest.mark.parametrize("variant", ["mirror_descent", "grpo", "ppo_clip", "gspo", "rest"])
+@pytest.mark.parametrize("variant", ["mirror_descent", "grpo", "ppo_clip", "gspo", "rest", "token_level"])
 def test_every_variant_equals_its_formula_with_gradient(variant: Variant) -> None:
     torch.manual_seed(1)
     lengths = [4, 0, 1, 7, 3]
@@ -70,16 +72,11 @@ def test_every_variant_equals_its_formula_with_gradient(variant: Variant) -> Non
 def test_masked_tokens_may_be_anything() -> None:
     logprobs_T = torch.tensor([-1.0, -math.inf], requires_grad=True)
     mask_T = torch.tensor([True, False])
-    loss_R = policy_loss(logprobs_T, logprobs_T, torch.ones(1), torch.tensor([0, 2]), tau=TAU, loss_mask_T=mask_T)
+    loss_R = policy_loss(logprobs_T, logprobs_T, torch.ones(1), torch.tensor([0, 2], dtype=torch.int32), tau=TAU, loss_mask_T=mask_T)
     assert loss_R.tolist() == [1.0]
     assert torch.autograd.grad(loss_R.sum(), logprobs_T)[0].tolist() == [-1.0, 0.0]
 
 
 def test_token_level_losses_are_divided_by_tokens() -> None:
-    assert normaliser_of("ppo_clip") == "tokens"
+    assert normaliser_of("ppo_clip") == normaliser_of("token_level") == "tokens"
     assert normaliser_of("mirror_descent") == "responses"
-
-
-def test_counts_that_do_not_fit_are_an_error() -> None:
-    with pytest.raises(ValueError, match="ends at 3"):
-        policy_loss(torch.zeros(2), torch.zeros(2), torch.zeros(1), torch.tensor([0, 3]), tau=TAU)
