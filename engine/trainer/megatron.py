@@ -27,9 +27,9 @@ from tandem.engine.trainer.batch import LocalBatch, RoutingOptions, localise, nu
 from tandem.engine.trainer.context_parallel import gather_replicated
 from tandem.engine.trainer.finite import FiniteCheck, NonFiniteError
 from tandem.engine.trainer.layers import transformer_config
-from tandem.engine.trainer.mesh import Mesh
-from tandem.engine.trainer.model import build_chunks, initialise, weight_shards
-from tandem.engine.trainer.router import routers_of, update_expert_biases
+from tandem.engine.trainer.mesh import Mesh, check_schedule
+from tandem.engine.trainer.model import PolicyModel, build_chunks, initialise, weight_shards
+from tandem.engine.trainer.router import check_options, routers_of, update_expert_biases
 from tandem.engine.trainer.state import set_num_steps, sharded_optimizer
 from tandem.engine.types import WeightShard
 
@@ -56,12 +56,14 @@ class MegatronTrainer:
         Raises: ValueError for a model that the layers do not compute.
         """
         self._hf_config, self._architecture = dict(hf_config), Architecture.from_hf(hf_config)
+        check_options(config, self._architecture)
         self.mesh, self.config, self.loss = mesh, config, loss
         # All microbatches of a pass have one length where stages or experts cannot tell each other theirs.
         self._one_length = mesh.config.vpp > 1 or (self._architecture.num_experts > 0 and config.moe_dispatcher == "allgather")
         self._model_config = transformer_config(
             self._architecture, mesh, config, variable_lengths=mesh.pp_size > 1 and not self._one_length
         )
+        check_schedule(self._model_config)
         device = torch.empty(0, device=torch.cuda.current_device()).device
         self._inverse_frequencies_D = self._architecture.rope.inverse_frequencies_D(device)
         self._chunks = build_chunks(self._model_config, self._architecture, mesh, temperature)
@@ -83,6 +85,11 @@ class MegatronTrainer:
         self._optimizer = optimizers.build_optimizer(config, self._ddp)
         self._lr, self._optimizer_config = config.optimizer.lr, config.optimizer
         self._num_skipped = 0  # steps in a row, for numbers that are none
+
+    @property
+    def chunks(self) -> list[PolicyModel]:
+        """This rank's pipeline chunks, for tools that look into them."""
+        return self._chunks
 
     @property
     def hf_config(self) -> Mapping[str, Any]:

@@ -17,7 +17,19 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 
 from tandem.engine.architecture import Architecture, Experts
+from tandem.engine.config import TrainerConfig, check
 from tandem.engine.trainer.batch import LocalBatch, Routing
+
+
+def check_options(config: TrainerConfig, architecture: Architecture) -> None:
+    """Raise ValueError for an option of the routing that the model would ignore."""
+    experts = architecture.experts
+    has_bias = experts is not None and experts.has_expert_bias
+    lacks = f"but {architecture.model_type} has no"
+    for name, value, plain in (("moe_aux_loss_coef", config.moe_aux_loss_coef, 0.0), ("replay_routing", config.replay_routing, False)):
+        check(experts is not None or value == plain, f"trainer.{name}", value, f"{lacks} experts; set it to {plain}")
+    rate = config.moe_bias_update_rate
+    check(has_bias or rate == 0, "trainer.moe_bias_update_rate", rate, f"{lacks} expert biases; set it to 0, or use moe_aux_loss_coef")
 
 
 def scores_of(logits_SE: torch.Tensor, experts: Experts) -> torch.Tensor:
@@ -94,6 +106,7 @@ class Router(MegatronModule):
         if routing.recorded_LXK is not None:
             recorded_SK = routing.recorded_LXK[:, self.sparse_index]
             chosen_SK = torch.where(recorded_SK >= 0, recorded_SK, chosen_SK)
+        chosen_SK = chosen_SK.sort(-1).values  # so that sums do not depend on the order of a record
         weights_SK = weigh(scores_SE, chosen_SK, self.experts)
         map_SE = torch.zeros_like(scores_SE, dtype=torch.bool).scatter_(1, chosen_SK, True)
         if self.training and torch.is_grad_enabled():  # not in a first pass whose activations are computed again
