@@ -1,0 +1,140 @@
+"""Linear layer, log-prob and entropy in one: against plain torch on a CPU; chunked torch, torch.compile, Liger and CCE on a GPU.
+
+python benchmarks/logprob.py [--case forward+backward] [--out DIR]        options: benchmarks/harness.py
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.harness import Case, Subject, main
+from tandem.kernels.backend import chosen
+from tandem.kernels.logprob import linear_logprob
+
+TEMPERATURE = 0.7
+CHUNK_TOKENS = 1024  # of the chunked torch peer: 0.6 GB of fp32 logits at V = 152k
+
+
+class Inputs(NamedTuple):
+    hidden_TH: torch.Tensor
+    weight_VH: torch.Tensor
+    targets_T: torch.Tensor
+    coefficients_T: torch.Tensor  # gradient of the log-probs
+
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _inputs(num_tokens: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Logits with a standard deviation of about 3."""
+    hidden = torch.randn(num_tokens, width, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(vocab, width, device=device) * (2.0 * width**-0.5)).to(dtype).requires_grad_()
+    return Inputs(hidden, weight, torch.randint(0, vocab, (num_tokens,), device=device), torch.randn(num_tokens, device=device))
+
+
+def _plain(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    logits_TV = (hidden_TH @ weight_VH.T).float() / TEMPERATURE
+    logp_TV = logits_TV.log_softmax(-1)
+    return logp_TV.gather(1, targets_T[:, None])[:, 0], -(logp_TV.exp() * logp_TV).sum(-1)
+
+
+def _chunked(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain torch over chunks of tokens, each recomputed in the backward pass."""
+    parts = [
+        checkpoint(_plain, hidden_cH, weight_VH, targets_c, use_reentrant=False)
+        for hidden_cH, targets_c in zip(hidden_TH.split(CHUNK_TOKENS), targets_T.split(CHUNK_TOKENS), strict=True)
+    ]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _ours(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return linear_logprob(hidden_TH, weight_VH, targets_T, temperature=TEMPERATURE)
+
+
+def _reference(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    with chosen("reference"):
+        return linear_logprob(hidden_TH, weight_VH, targets_T, temperature=TEMPERATURE)
+
+
+def _grads(logprobs_T: torch.Tensor, x: Inputs) -> tuple[torch.Tensor, ...]:
+    grads = torch.autograd.grad(logprobs_T, (x.hidden_TH, x.weight_VH), x.coefficients_T.to(logprobs_T.dtype))
+    return logprobs_T.detach(), *grads
+
+
+def _forward(forward: Forward) -> Callable[[Any], tuple[torch.Tensor, ...]]:
+    def run(x: Inputs) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            return forward(x.hidden_TH, x.weight_VH, x.targets_T)
+
+    return run
+
+
+def _forward_backward(forward: Forward) -> Callable[[Any], tuple[torch.Tensor, ...]]:
+    return lambda x: _grads(forward(x.hidden_TH, x.weight_VH, x.targets_T)[0], x)
+
+
+def _in_fp64(x: Inputs) -> Inputs:
+    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (x.hidden_TH, x.weight_VH))
+    return Inputs(hidden, weight, x.targets_T, x.coefficients_T)
+
+
+def _exact(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    logp_TV = (x.hidden_TH @ x.weight_VH.T / TEMPERATURE).log_softmax(-1)
+    return logp_TV.gather(1, x.targets_T[:, None])[:, 0], -(logp_TV.exp() * logp_TV).sum(-1)
+
+
+def _exact_forward(x: Inputs) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
+        return _exact(_in_fp64(x))
+
+
+def _exact_forward_backward(x: Inputs) -> tuple[torch.Tensor, ...]:
+    x = _in_fp64(x)
+    return _grads(_exact(x)[0], x)
+
+
+def _sized(name: str, num_tokens: int, width: int, vocab: int, dtype: torch.dtype, runs: dict[str, Any], **options: Any) -> Case:
+    backward = name != "forward"
+    size = torch.finfo(dtype).bits // 8
+    operands = size * width * (num_tokens + vocab)
+    return Case(
+        name=name,
+        shape={"T": num_tokens, "H": width, "V": vocab},
+        dtype=dtype,
+        flop=(6 if backward else 2) * num_tokens * width * vocab,  # logits, and their products with weight and hidden
+        bytes=operands * (2 if backward else 1) + 16 * num_tokens,
+        inputs=lambda device: _inputs(num_tokens, width, vocab, dtype, device),
+        exact=_exact_forward_backward if backward else _exact_forward,
+        tolerances=(2e-4, 4e-3, 4e-3) if backward else (2e-4, 2e-4),
+        runs=runs,
+        **options,
+    )
+
+
+def cases(device: torch.device) -> list[Case]:
+    """The smallest first."""
+    if device.type == "cpu":
+        sizes = [(512, 128, 4000, torch.float32), (8192, 256, 32_000, torch.float32)]
+        forwards: dict[str, Forward] = {"reference": _ours, "plain torch": _plain}
+    else:
+        sizes = [(4096, 4096, 32_000, torch.bfloat16), (32_768, 4096, 151_936, torch.bfloat16)]
+        forwards = {"kernel": _ours, "reference": _reference, "chunked torch": _chunked, "torch.compile": torch.compile(_chunked)}
+    found = []
+    for name, wrap in (("forward", _forward), ("forward+backward", _forward_backward)):
+        runs = {run: wrap(forward) for run, forward in forwards.items()}
+        for size in sizes:
+            small = _sized(name, 509, size[1], 3997, size[3], runs)  # off every tile
+            found.append(_sized(name, *size, runs, check_on=small))
+    return found
+
+
+SUBJECT = Subject(name="logprob", about="linear layer, log-prob and entropy in one", cases=cases)
+
+if __name__ == "__main__":
+    main(SUBJECT)
