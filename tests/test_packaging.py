@@ -24,23 +24,45 @@ def source_files() -> set[str]:
     return {str(path.relative_to(ROOT)) for room in ("engine", "kernels") for path in (ROOT / room).rglob("*.py")}
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build_wheel(folder: Path, env: dict[str, str] | None = None) -> Path:
     """Built from a copy: a build folder in the repository could bring old files."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    source, target = folder / "source", folder / "wheel"
+    source.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for room in ("engine", "kernels", "tests"):
-        shutil.copytree(ROOT / room, source / room)  # with __pycache__, as in a used checkout
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", target, ".", cwd=source)
+    for room in ("engine", "kernels", "csrc", "tests"):
+        # with __pycache__, as in a used checkout; libraries are of this machine's last build
+        shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("*.so"))
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", target, ".", cwd=source, env=env)
     [path] = target.glob("*.whl")
     return path
 
 
-def test_the_wheel_holds_the_sources_under_tandem_and_nothing_else(wheel: Path) -> None:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("build"))
+
+
+def libraries() -> set[str]:
+    """What csrc/ gives here: one library per compiler that is installed."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    compilers = {"_cpu.so": shutil.which("g++") or shutil.which("c++") or shutil.which("clang++"), "_cuda.so": nvcc}
+    return {f"tandem/kernels/{name}" for name, compiler in compilers.items() if compiler}
+
+
+def test_the_wheel_holds_sources_and_libraries_under_tandem_and_nothing_else(wheel: Path) -> None:
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    assert set(names) == {f"tandem/{name}" for name in source_files()}
+    assert set(names) == {f"tandem/{name}" for name in source_files()} | libraries()
+    assert wheel.name.split("-")[2:4] == ["py3", "none"], "the libraries know nothing of Python"
     assert "tandem/__init__.py" not in names
+
+
+def test_without_a_compiler_the_wheel_is_built_all_the_same(tmp_path: Path) -> None:
+    """A path on which there is Python alone; nvcc, where it is found all the same, misses its host compiler."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    bare = build_wheel(tmp_path, env=os.environ | {"PATH": str(tmp_path / "bin")})
+    assert not [name for name in zipfile.ZipFile(bare).namelist() if name.endswith(".so")]
 
 
 def test_the_wheel_brings_the_command_and_the_licence(wheel: Path) -> None:
