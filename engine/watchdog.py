@@ -27,6 +27,7 @@ from typing import Any
 
 BEAT_BYTES = 512
 HANG_FILE = "hang.txt"
+LAST_PHASE = "end"  # nobody watches a rank that has said so
 # A main thread within one of these modules waits for another rank.
 WAITING_MODULES = ("torch.distributed.distributed_c10d", "megatron.core.pipeline_parallel.p2p_communication", "tandem.engine.buckets")
 # How long a rank whose peer died gets to notice it by itself, which gives the better message, before it is ended.
@@ -98,7 +99,7 @@ class Watchdog:
         if self._thread.ident is not None:
             self._thread.join()
             faulthandler.unregister(signal.SIGUSR2)
-        self.note("end")
+        self.note(LAST_PHASE)
         for fd in (self._beat_fd, self._wake_reader, self._wake_writer, *self._peers):
             os.close(fd)
         self._stack_file.close()
@@ -191,7 +192,7 @@ class Watchdog:
             self._dump()
             time.sleep(2 * STACK_WAIT_S)
             os._exit(1)
-        stopped = [rank for rank in self._pids if rank != self.rank and self._is_stopped(rank)]
+        stopped = [rank for rank in self._pids if rank != self.rank and rank not in self._lost_s and self._is_stopped(rank)]
         stuck = time.monotonic() - self._progressed_s > self._watchdog_s
         if stuck and self._is_waiting():
             stuck = all(self._waits_too_long(rank) for rank in range(self._num_ranks))
@@ -200,7 +201,9 @@ class Watchdog:
 
     def _is_stopped(self, rank: int) -> bool:
         beat = read_beat(self._folder, rank)
-        return beat is not None and beat["pid"] == self._pids[rank] and time.monotonic() - beat["time"] > self._watchdog_s
+        if beat is None or beat["pid"] != self._pids[rank] or beat["phase"] == LAST_PHASE:
+            return False
+        return time.monotonic() - beat["time"] > self._watchdog_s
 
     def _waits_too_long(self, rank: int) -> bool:
         beat = read_beat(self._folder, rank)
