@@ -218,6 +218,8 @@ class RolloutConfig:
     """Keep the k likeliest tokens; 0 keeps all."""
     max_batch: int = 512
     """Most responses that one engine decodes at the same time."""
+    record_routing: bool = False
+    """Keep the experts that each sampled token chose, for trainer.replay_routing. Mixtures of experts only."""
     repetition: RepetitionConfig = field(default_factory=RepetitionConfig)
 
     def __post_init__(self) -> None:
@@ -332,6 +334,9 @@ class RunConfig:
     """How long a rank may show no progress (a phase, a finished group, a supervised step) before it counts as hanging, in seconds."""
     grace_s: float = 25.0
     """How long the run may go on after SIGTERM, in seconds: less than the launcher waits before it kills (torchrun: 30)."""
+    kernels: Literal["auto", "reference", "triton", "native"] = "auto"
+    """Which kernels compute. auto: Triton on a GPU; on a CPU plain torch, and C++ where it was built. reference: plain torch. native:
+    CUDA C++ or C++ where a kernel has it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -60,12 +60,9 @@ def explain(hardware: Hardware, config: RunConfig) -> list[str]:
     threads = max(1, hardware.num_cores // ranks)
     lines = [f"Found: {_summary(hardware)}."]
     if hardware.gpus:
-        lines.append(f"Ranks: {ranks} on this node, one GPU each, collectives over NCCL. Kernels: Triton and CUDA.")
+        lines.append(f"Ranks: {ranks} on this node, one GPU each, collectives over NCCL.")
     else:
-        lines.append(
-            f"Ranks: {ranks} on this node on the CPU, {threads} {_plural(threads, 'thread')} each, collectives over gloo. "
-            "Kernels: the PyTorch references (Triton and CUDA need a GPU)."
-        )
+        lines.append(f"Ranks: {ranks} on this node on the CPU, {threads} {_plural(threads, 'thread')} each, collectives over gloo.")
     tp = config.rollout.tp
     lines.append(f"Weights: {config.trainer.dtype}. Rollout: the {config.rollout.engine} engine, {tp} {_plural(tp, 'rank')} to an engine.")
     return lines + [f"Warning: {warning}" for warning in _warnings(hardware, config)]

@@ -26,6 +26,7 @@ from tandem.engine.log import RunLog
 from tandem.engine.rollout.budget import new_group
 from tandem.engine.types import Group, Prompt
 from tandem.engine.watchdog import HANG_FILE, Watchdog
+from tandem.kernels import backend as kernels
 
 
 def launched_rank() -> int:
@@ -70,6 +71,7 @@ class Run:
     def __enter__(self) -> Self:
         self.dir.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(self.num_threads)
+        kernels.choose(self.config.kernels)
         if self.hardware.gpus:
             torch.cuda.set_device(self.local_rank)
         backend = "cpu:gloo,cuda:nccl" if self.hardware.gpus else "gloo"
@@ -93,7 +95,7 @@ class Run:
             on_progress=self.watchdog.note,
         )
         if self.rank == 0:
-            for line in explain(self.hardware, self.config):
+            for line in (*explain(self.hardware, self.config), f"Kernels: {kernels.describe(on_gpu=bool(self.hardware.gpus))}."):
                 print(line, flush=True)
         return self
 

@@ -6,6 +6,7 @@
 import contextlib
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -50,3 +51,16 @@ def runs_triton(tensor: torch.Tensor) -> bool:
 def runs_native(tensor: torch.Tensor) -> bool:
     """Whether the C++ or CUDA twin is wanted for this tensor, if it was built: on a CPU by default, on a GPU when chosen."""
     return _chosen == "native" or (_chosen == "auto" and not tensor.is_cuda)
+
+
+def describe(*, on_gpu: bool) -> str:
+    """One line for people: what the choice comes to on this machine."""
+    built = (Path(__file__).parent / ("_cuda.so" if on_gpu else "_cpu.so")).exists()
+    language = "CUDA C++" if on_gpu else "C++"
+    if _chosen == "triton":
+        return "Triton" if on_gpu else "Triton, in its interpreter: for tests, very slow"
+    if _chosen == "auto" and on_gpu:
+        return "Triton" if has_triton() else "plain torch, because triton is not installed: slow, and more memory"
+    if _chosen == "reference":
+        return "plain torch"
+    return f"plain torch, the policy loss in {language}" if built else f"plain torch ({language} was not built: no compiler at install)"

@@ -70,14 +70,14 @@ def test_a_gpu_that_this_pytorch_cannot_use_is_named(monkeypatch: pytest.MonkeyP
 
 def test_a_cpu_run_is_explained() -> None:
     text = "\n".join(explain(CPU, RUN))
-    for part in ("A CPU, 4 usable cores, 16.0 GB of memory, no GPU", "2 threads each", "gloo", "references"):
+    for part in ("A CPU, 4 usable cores, 16.0 GB of memory, no GPU", "2 threads each", "gloo"):
         assert part in text
     assert warnings(CPU, RUN) == []
 
 
 def test_a_gpu_run_is_explained() -> None:
     text = "\n".join(explain(GPUS, BF16))
-    for part in ("2 x H200 (141.0 GB)", "one GPU each", "NCCL", "Triton"):
+    for part in ("2 x H200 (141.0 GB)", "one GPU each", "NCCL"):
         assert part in text
     assert warnings(GPUS, BF16) == []
 
