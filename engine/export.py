@@ -1,18 +1,21 @@
-"""`tandem export RUN --to DIR`: the newest checkpoint of a run as a folder that transformers loads. One process, whatever the run had."""
+"""`tandem export RUN --to DIR`: the newest checkpoint of a run as a folder that transformers loads.
 
-import functools
+One process, whatever the run had, and one parameter at a time: the model need not fit into its memory.
+"""
+
 import json
 import tempfile
 from pathlib import Path
 
-from tandem.engine.checkpoint.disk import load_latest
-from tandem.engine.checkpoint.hf_folder import GENERATION_CONFIG, export_hf, read_stop_token_ids
+from tandem.engine.checkpoint.disk import STATE, find_latest
+from tandem.engine.checkpoint.hf_folder import GENERATION_CONFIG, read_stop_token_ids, write_model
 from tandem.engine.config import MeshConfig, RunConfig, from_dict
 from tandem.engine.data.tokenizer import load_tokenizer
 from tandem.engine.hf_config import hf_config_of
 from tandem.engine.run import single_process_group
-from tandem.engine.trainer.megatron import MegatronTrainer
+from tandem.engine.trainer.layers import DTYPES
 from tandem.engine.trainer.mesh import build_mesh, destroy_mesh
+from tandem.engine.trainer.stored import stored_weights
 
 
 def export_run(run_dir: Path, to: Path) -> int:
@@ -36,14 +39,13 @@ def export_run(run_dir: Path, to: Path) -> int:
         hf_config["eos_token_id"] = list(named) if named else tokenizer.eos_token_id
     with single_process_group(), tempfile.TemporaryDirectory() as folder:
         mesh = build_mesh(MeshConfig(), hf_config)
-        trainer = MegatronTrainer(hf_config, mesh, config.trainer, loss=config.loss, temperature=1.0, seed=None)
-        # Not the optimizer: its state loads under the same ep only.
-        state = functools.partial(trainer.sharded_state_dict, optimizer=False)
-        found = load_latest(run_dir / "checkpoints", state, rename_damaged=False)
+        found = find_latest(run_dir / "checkpoints", rename_damaged=False)
         if found is None:
             raise FileNotFoundError(f"{run_dir} has no checkpoint yet")
-        trainer.load_sharded(found.state)
+        step, checkpoint = found
         tokenizer.save_pretrained(folder)
-        export_hf(trainer, to, extra_files=[*sorted(Path(folder).iterdir()), *beside_weights])
+        weights = stored_weights(hf_config, mesh, config.trainer, checkpoint / STATE)
+        beside_weights += sorted(Path(folder).iterdir())
+        write_model(hf_config, DTYPES[config.trainer.dtype], weights, to, extra_files=beside_weights)
         destroy_mesh()
-    return found.step
+    return step

@@ -27,6 +27,7 @@ from tandem.engine.checkpoint.durable import fingerprint, num_bytes_in, sync_fol
 
 _LOG = logging.getLogger("tandem.checkpoint")
 MARKER = "complete.json"
+STATE = "state"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +41,37 @@ class LoadedCheckpoint:
 
 
 def load_latest(
-    folder: Path,
-    sharded_state: Callable[[], dict[str, Any]],
-    *,
-    rename_damaged: bool = True,
-    group: dist.ProcessGroup | None = None,
+    folder: Path, sharded_state: Callable[[], dict[str, Any]], *, group: dist.ProcessGroup | None = None
 ) -> LoadedCheckpoint | None:
-    """Load the newest checkpoint whose files are all there and unchanged; None if none was ever saved. A collective.
+    """Load what `find_latest` finds. A collective.
 
     Args:
-        sharded_state: makes the trainer's sharded_state_dict(), whose layout may differ from the saved one's; its tensors are
-            overwritten.
+        sharded_state: makes the trainer's sharded_state_dict(), whose layout may differ from the saved one's; its tensors are overwritten.
+    """
+    from megatron.core import dist_checkpointing
+
+    found = find_latest(folder, group=group)
+    if found is None:
+        return None
+    step, checkpoint = found
+    wanted = sharded_state()
+    names = set(wanted)
+    loaded = dist_checkpointing.load(wanted, str(checkpoint / STATE))
+    assert isinstance(loaded, dict)
+    # Megatron adds all that is not a tensor, also of parts that were not asked for.
+    state = {name: value for name, value in loaded.items() if name in names}
+    file = checkpoint / f"extra_{dist.get_rank(group)}.pt"
+    return LoadedCheckpoint(step, checkpoint, state, torch.load(file, weights_only=True) if file.exists() else None)
+
+
+def find_latest(folder: Path, *, rename_damaged: bool = True, group: dist.ProcessGroup | None = None) -> tuple[int, Path] | None:
+    """Step and folder of the newest checkpoint whose files are all there and unchanged; None if none was ever saved. A collective.
+
+    Args:
         rename_damaged: rename newer, damaged ones to damaged_step_…, so that they are not counted among those that are kept. False for a
             reader beside the run, to which one that the run is just removing looks damaged.
     Raises: ValueError on every rank if there are checkpoints and none is whole; then nothing is renamed.
     """
-    from megatron.core import dist_checkpointing
-
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     listed = [(sorted(saved_steps(folder), reverse=True), sorted(entry.name for entry in folder.glob("damaged_step_*")))]
     dist.broadcast_object_list(listed, group=group, group_src=0)
@@ -66,29 +81,26 @@ def load_latest(
         checkpoint = folder / checkpoint_name(step)
         faults = [""] * num_ranks
         dist.all_gather_object(faults, find_damage(checkpoint, part=rank, num_parts=num_ranks), group=group)
-        found = [fault for fault in faults if fault]
-        if found:
-            damage[step] = found[0]
+        if fault := next(filter(None, faults), ""):
+            damage[step] = fault
             continue
         if rank == 0:
-            for passed, fault in damage.items():
-                _LOG.warning("checkpoint %s is damaged and passed over: %s", folder / checkpoint_name(passed), fault)
-                if rename_damaged:
-                    _set_aside(folder / checkpoint_name(passed))
-            if aside := sum(map(num_bytes_in, folder.glob("damaged_step_*"))):
-                _LOG.warning("the damaged_step_* folders in %s take %s bytes; delete them when nobody needs them", folder, f"{aside:,}")
-        wanted = sharded_state()
-        names = set(wanted)
-        loaded = dist_checkpointing.load(wanted, str(checkpoint / "state"))
-        assert isinstance(loaded, dict)
-        # Megatron adds all that is not a tensor, also of parts that were not asked for.
-        state = {name: value for name, value in loaded.items() if name in names}
-        file = checkpoint / f"extra_{rank}.pt"
-        return LoadedCheckpoint(step, checkpoint, state, torch.load(file, weights_only=True) if file.exists() else None)
+            _pass_over(folder, damage, rename_damaged)
+        return step, checkpoint
     if damage or damaged_before:
-        faults = [f"{checkpoint_name(step)} ({fault})" for step, fault in damage.items()] + damaged_before
-        raise ValueError(f"no checkpoint in {folder} is whole: {'; '.join(faults)}; repair one, or delete the folder to start anew")
+        found = [f"{checkpoint_name(step)} ({fault})" for step, fault in damage.items()] + damaged_before
+        raise ValueError(f"no checkpoint in {folder} is whole: {'; '.join(found)}; repair one, or delete the folder to start anew")
     return None
+
+
+def _pass_over(folder: Path, damage: Mapping[int, str], rename_damaged: bool) -> None:
+    """Say which checkpoints are damaged and what they take."""
+    for step, fault in damage.items():
+        _LOG.warning("checkpoint %s is damaged and passed over: %s", folder / checkpoint_name(step), fault)
+        if rename_damaged:
+            _set_aside(folder / checkpoint_name(step))
+    if num_bytes := sum(map(num_bytes_in, folder.glob("damaged_step_*"))):
+        _LOG.warning("the damaged_step_* folders in %s take %s bytes; delete them when nobody needs them", folder, f"{num_bytes:,}")
 
 
 def _set_aside(checkpoint: Path) -> None:

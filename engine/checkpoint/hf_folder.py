@@ -1,8 +1,9 @@
 """Hugging Face model folders in and out, through the same name map as the swap."""
 
 import json
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch.distributed as dist
 
 from tandem.engine.checkpoint.names import HFView, NameMap
 from tandem.engine.checkpoint.plan import Region, distinct_regions
-from tandem.engine.checkpoint.safetensors_folder import SafetensorsWriter, open_safetensors
-from tandem.engine.types import TensorMeta, WeightSource
+from tandem.engine.checkpoint.safetensors_folder import SafetensorsReader, SafetensorsWriter, open_safetensors
+from tandem.engine.types import TensorMeta, WeightShard, WeightSource
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_SHARD_BYTES = 5 << 30
+BAND_BYTES = 8 << 20
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -85,8 +87,83 @@ def load_hf_weights(folder: Path, source: WeightSource) -> None:
             if sum(view.view.numel() for view in views) < shard.tensor.numel():
                 shard.tensor.zero_()
             for view in views:
-                view.copy_from(reader.read(view.name, view.region).to(view.view))
+                for first, last in _bands(view.region[0], view.region_shape, shard.tensor.dtype):
+                    _load_rows(reader, view, first, last)
     source.weights_changed()
+
+
+def _bands(rows: tuple[int, int], shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """Cut rows [start, stop) into bands of some MiB: the unit in which tensors are read, sent and written."""
+    num_rows = max(1, BAND_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
+    for start in range(*rows, num_rows):
+        yield start, min(rows[1], start + num_rows)
+
+
+def _load_rows(reader: SafetensorsReader, view: HFView, first: int, last: int) -> None:
+    """Read rows [first, last) of the whole tensor into the view that holds them."""
+    origin = view.region[0][0]
+    values = reader.read(view.name, ((first, last), *view.region[1:]))
+    for start, stop, part in view.rows(first - origin, last - origin):
+        part.copy_(values[start + origin - first : stop + origin - first].view(part.shape))
+
+
+def _copy_rows(out: torch.Tensor, view: HFView, first: int, last: int) -> None:
+    """Copy rows [first, last) of the whole tensor from the view that holds them to `out`, converted."""
+    origin = view.region[0][0]
+    for start, stop, part in view.rows(first - origin, last - origin):
+        rows = out[start + origin - first : stop + origin - first]
+        rows.view(*part.shape[: part.dim() - rows.dim() + 1], *rows.shape[1:]).copy_(part)
+
+
+def write_model(
+    hf_config: Mapping[str, Any],
+    dtype: torch.dtype,
+    weights: Iterable[WeightShard],
+    folder: Path,
+    *,
+    extra_files: Sequence[Path] = (),
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face folder in one process, which holds one parameter at a time. The folder appears only when it is complete.
+
+    Args:
+        dtype: of the tensors in the files.
+        weights: every parameter of the model, whole; each is forgotten before the next is asked for.
+        folder: must not exist.
+        extra_files: copied beside the weights, the tokenizer's for example.
+    Raises: ValueError if the folder exists.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists; give a folder that does not")
+    names = NameMap(hf_config)
+    tensors = names.tensors(dtype)
+    writer, partial = SafetensorsWriter(_partial(folder), tensors, max_shard_bytes), _partial(folder)
+    _begin(partial, hf_config, dtype, writer, extra_files)
+    for file in range(writer.num_files):
+        writer.create(file)
+    missing = {meta.name: meta.dtype for meta in tensors}
+    for shard in weights:
+        for view in names.views(shard):
+            kept = missing.pop(view.name)
+            for first, last in _bands(view.region[0], view.shape, kept):
+                _copy_rows(rows := torch.empty((last - first, *view.shape[1:]), dtype=kept), view, first, last)
+                writer.write(view.name, rows, first)
+    assert not missing, f"no parameter holds {', '.join(missing)}"
+    partial.rename(folder)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def _begin(partial: Path, hf_config: Mapping[str, Any], dtype: torch.dtype, writer: SafetensorsWriter, extra_files: Sequence[Path]) -> None:
+    """Everything but the weights."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_hf_config(partial, hf_config, dtype)
+    writer.write_index()
+    for file in extra_files:
+        shutil.copy(file, partial / file.name)
 
 
 def export_hf(
@@ -97,7 +174,7 @@ def export_hf(
     extra_files: Sequence[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the model as a Hugging Face folder. A collective; no rank holds more than one whole tensor.
+    """Write the model as a Hugging Face folder. A collective; a rank needs memory for some MiB beside its own part.
 
     Each file is written by one rank, to which the others send their parts. The folder appears only when it is complete.
 
@@ -118,24 +195,20 @@ def export_hf(
         raise ValueError(f"{folder} exists; give a folder that does not")
     regions = distinct_regions(tensors, [held for _, held in facts])
 
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = _partial(folder)
     writer = SafetensorsWriter(partial, tensors, max_shard_bytes)
     if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_hf_config(partial, source.hf_config, tensors[0].dtype)
-        writer.write_index()
-        for file in extra_files:
-            shutil.copy(file, partial / file.name)
+        _begin(partial, source.hf_config, tensors[0].dtype, writer, extra_files)
     dist.barrier(group)
     for file in range(rank, writer.num_files, num_ranks):
         writer.create(file)
     held = {(view.name, view.region): view for view in views}
     for meta in tensors:
         owner = writer.file_of[meta.name] % num_ranks
-        whole = _collect(meta, regions[meta.name], owner, rank, held, group)
-        if whole is not None:
-            writer.write(meta.name, whole)
+        for band in _bands((0, meta.shape[0]), meta.shape, meta.dtype):
+            rows = _collect(meta, band, regions[meta.name], owner, rank, held, group)
+            if rows is not None:
+                writer.write(meta.name, rows, band[0])
     dist.barrier(group)
     if rank == 0:
         partial.rename(folder)
@@ -144,34 +217,38 @@ def export_hf(
 
 def _collect(
     meta: TensorMeta,
+    band: tuple[int, int],
     regions: dict[Region, list[int]],
     owner: int,
     rank: int,
     held: dict[tuple[str, Region], HFView],
     group: dist.ProcessGroup | None,
 ) -> torch.Tensor | None:
-    """Bring a tensor's regions together on `owner`; None on other ranks."""
-    whole = torch.empty(meta.shape, dtype=meta.dtype) if rank == owner else None
+    """Bring rows [band[0], band[1]) of a tensor together on `owner`; None on other ranks."""
+    begin, end = band
+    whole = torch.empty((end - begin, *meta.shape[1:]), dtype=meta.dtype) if rank == owner else None
     operations: list[dist.P2POp] = []
-    arriving: list[tuple[Region, torch.Tensor]] = []
+    arriving: list[tuple[tuple[slice, ...], torch.Tensor]] = []
     for region, ranks in regions.items():
+        first, last = max(begin, region[0][0]), min(end, region[0][1])
         source = owner if owner in ranks else ranks[0]
-        if rank not in (owner, source):
+        if first >= last or rank not in (owner, source):
             continue
+        where = (slice(first - begin, last - begin), *(slice(*bounds) for bounds in region[1:]))
         if owner == source:
             assert whole is not None
-            held[meta.name, region].copy_to(whole[tuple(slice(*bounds) for bounds in region)])
+            _copy_rows(whole[where], held[meta.name, region], first, last)
             continue
-        part = torch.empty([stop - start for start, stop in region], dtype=meta.dtype)
+        part = torch.empty([last - first, *(stop - start for start, stop in region[1:])], dtype=meta.dtype)
         if rank == source:
-            held[meta.name, region].copy_to(part)
+            _copy_rows(part, held[meta.name, region], first, last)
             operations.append(dist.P2POp(dist.isend, part.view(-1).view(torch.uint8), group=group, group_peer=owner))
         else:
-            arriving.append((region, part))
+            arriving.append((where, part))
             operations.append(dist.P2POp(dist.irecv, part.view(-1).view(torch.uint8), group=group, group_peer=source))
     for request in dist.batch_isend_irecv(operations) if operations else []:
         request.wait()
-    for region, part in arriving:
+    for where, part in arriving:
         assert whole is not None
-        whole[tuple(slice(*bounds) for bounds in region)] = part
+        whole[where] = part
     return whole

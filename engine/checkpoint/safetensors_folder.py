@@ -1,18 +1,19 @@
 """The weights of a Hugging Face model folder: sharded safetensors, read by slices and written in place.
 
 The format is a length (8 bytes, little endian), a JSON header with dtype, shape and byte range of every tensor, and the
-bytes (https://huggingface.co/docs/safetensors). Writing it here, tensor by tensor at its offset, needs memory for one tensor only.
+bytes (https://huggingface.co/docs/safetensors). Reading and writing it here, by rows at their offset, needs memory for these rows only.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from tandem.engine.checkpoint.names import Region
 from tandem.engine.types import TensorMeta
@@ -20,25 +21,54 @@ from tandem.engine.types import TensorMeta
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+READ_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where a tensor lies."""
+
+    descriptor: int
+    start: int  # bytes
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class SafetensorsReader:
-    """The tensors of a model folder, in one file or several. Use as `with open_safetensors(folder) as reader`."""
+    """The tensors of a model folder, in one file or several. Use as `with open_safetensors(folder) as reader`.
+
+    Files are read, not mapped: pages of a mapped file count as this process's memory for as long as the file is open.
+    """
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
-        self._files: dict[Path, Any] = {}
+        self._stored: dict[str, _Stored] = {}
         for file in _weight_files(folder):
-            try:
-                self._files[file] = stack.enter_context(safe_open(file, "pt"))
-            except Exception as error:  # safetensors' own error type is no subclass of a narrower one
-                raise ValueError(f"{file} is not a safetensors file: {error}") from error
-        self._file_of = {name: opened for opened in self._files.values() for name in opened.keys()}  # noqa: SIM118
-        self.shapes = {name: tuple(opened.get_slice(name).get_shape()) for name, opened in self._file_of.items()}
+            descriptor = os.open(file, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            self._stored |= _read_header(file, descriptor)
+        self.shapes = {name: stored.shape for name, stored in self._stored.items()}
 
     def read(self, name: str, region: Region) -> torch.Tensor:
-        """Part of a tensor; only these bytes are read."""
-        return self._file_of[name].get_slice(name)[tuple(slice(*bounds) for bounds in region)]
+        """Part of a tensor, in the dtype that it has in the file. Only the rows it lies in are read, a few MiB at a time."""
+        stored = self._stored[name]
+        out = torch.empty([stop - start for start, stop in region], dtype=stored.dtype)
+        if not out.numel():
+            return out
+        (first, last), inner = (region[0], region[1:]) if region else ((0, 1), ())
+        row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+        if all(bounds == (0, extent) for bounds, extent in zip(inner, stored.shape[1:], strict=True)):
+            _fill(stored.descriptor, out, stored.start + first * row_bytes)
+            return out
+        num_rows = max(1, READ_BYTES // row_bytes)
+        rows = torch.empty((min(num_rows, last - first), *stored.shape[1:]), dtype=stored.dtype)
+        for start in range(first, last, num_rows):
+            count = min(num_rows, last - start)
+            _fill(stored.descriptor, rows[:count], stored.start + start * row_bytes)
+            out[start - first : start - first + count] = rows[(slice(0, count), *(slice(*bounds) for bounds in inner))]
+        return out
 
     def check(self, tensors: Sequence[TensorMeta], ignored: Sequence[str] = ()) -> None:
         """Raises: ValueError naming tensors that are missing, unexpected or of another shape."""
@@ -75,6 +105,39 @@ def _weight_files(folder: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{folder} has no weights; looked for {INDEX_FILE} and *.safetensors")
     return files
+
+
+def _fill(descriptor: int, out: torch.Tensor, start: int) -> None:
+    """Read a contiguous tensor from byte `start` on."""
+    data, done = out.view(-1).view(torch.uint8).numpy().data, 0
+    while done < len(data):
+        count = os.preadv(descriptor, [data[done:]], start + done)
+        if count == 0:
+            raise OSError(f"a weights file became shorter while it was read: byte {start + done} is gone")
+        done += count
+
+
+def _read_header(file: Path, descriptor: int) -> dict[str, _Stored]:
+    """Every tensor of a file. Raises: ValueError if it is damaged."""
+    file_bytes = os.fstat(descriptor).st_size
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if not 0 < length <= min(_MAX_HEADER_BYTES, file_bytes - 8):
+        raise ValueError(f"{file} is not a safetensors file: its {file_bytes} bytes do not hold a header of {length}")
+    try:
+        header = json.loads(os.pread(descriptor, length, 8))
+        entries = {name: (x["dtype"], tuple(x["shape"]), *x["data_offsets"]) for name, x in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not a safetensors file: its header cannot be read ({error})") from error
+    found = {}
+    for name, (dtype, shape, start, stop) in entries.items():
+        if dtype not in _DTYPES:
+            raise ValueError(f"{file}: {name} has dtype {dtype}; weights of {', '.join(_DTYPES)} can be read")
+        num_bytes = math.prod(shape) * _DTYPES[dtype].itemsize
+        if start < 0 or stop - start != num_bytes or 8 + length + stop > file_bytes:
+            where = f"bytes {start} to {stop} of {file_bytes - 8 - length}"
+            raise ValueError(f"{file} is not a safetensors file: {name} has shape {shape} and lies at {where}")
+        found[name] = _Stored(descriptor, 8 + length + start, shape, _DTYPES[dtype])
+    return found
 
 
 class SafetensorsWriter:
@@ -114,15 +177,16 @@ class SafetensorsWriter:
             opened.write(header)
             opened.truncate(len(header) + max((end for _, end in offsets.values()), default=0))
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one whole tensor, of the dtype that was announced."""
+    def write(self, name: str, rows: torch.Tensor, first_row: int = 0) -> None:
+        """Write rows of a tensor from `first_row` on, in the dtype that was announced; the whole of one without dimensions."""
         meta, file = self._metas[name], self.file_of[name]
-        assert (tuple(tensor.shape), tensor.dtype) == (meta.shape, meta.dtype), (name, tensor.shape, tensor.dtype, meta)
+        assert (tuple(rows.shape[1:]), rows.dtype) == (meta.shape[1:], meta.dtype), (name, rows.shape, rows.dtype, meta)
         header, offsets = self._headers[file]
-        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+        row_bytes = math.prod(meta.shape[1:]) * meta.dtype.itemsize
+        data = rows.contiguous().view(-1).view(torch.uint8).numpy().data
         descriptor = os.open(self.path(file), os.O_WRONLY)
         try:
-            written, start = 0, len(header) + offsets[name][0]
+            written, start = 0, len(header) + offsets[name][0] + first_row * row_bytes
             while written < len(data):
                 written += os.pwrite(descriptor, data[written:], start + written)
         finally:

@@ -27,7 +27,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from tandem.engine.checkpoint.disk import MARKER, checkpoint_name, saved_steps
+from tandem.engine.checkpoint.disk import MARKER, STATE, checkpoint_name, saved_steps
 from tandem.engine.checkpoint.durable import fingerprint, num_bytes_in, sync_folder, write_durably
 from tandem.engine.checkpoint.host_copy import HostCopy
 from tandem.engine.types import CheckpointError
@@ -137,7 +137,7 @@ class CheckpointSaver:
         for (place, _), copy in zip(tensors, copies, strict=True):
             place.data = copy
         state, common = save_preprocess(sharded_state, validate_access_integrity=not self._planner.has_plan)
-        writer, metadata = self._planner.plan(state, partial / "state")
+        writer, metadata = self._planner.plan(state, partial / STATE)
         self._job = _Job(
             step=step,
             started=started,
@@ -212,7 +212,7 @@ class CheckpointSaver:
                     hint = f" (the damaged_step_* folders in it take {damaged:,})" if damaged else ""
                     box = [f"{self._folder} needs {num_bytes:,} bytes, and {free:,} are free there{hint}; {_ADVICE}"]
                 else:
-                    (partial / "state").mkdir(parents=True)
+                    (partial / STATE).mkdir(parents=True)
             except OSError as error:
                 box = [f"rank 0 cannot make {partial}: {error.strerror} ({error.filename}); {_ADVICE}"]
         dist.broadcast_object_list(box, group=self._group, group_src=0)
@@ -248,7 +248,7 @@ class CheckpointSaver:
 
         from tandem.engine.checkpoint.megatron_plan import write_tensors
 
-        state = job.partial / "state"
+        state = job.partial / STATE
         results, files = write_tensors(job.writer)
         if self._rank == 0:
             TorchCommonSaveStrategy("torch", 1).save_common(dict(job.common), str(state))
@@ -274,8 +274,8 @@ class CheckpointSaver:
             results.append(of_rank)
             files |= written
         job.writer.finish(job.metadata, results)
-        files["state/.metadata"] = fingerprint(job.partial / "state" / ".metadata")
-        sync_folder(job.partial / "state")
+        files[f"{STATE}/.metadata"] = fingerprint(job.partial / STATE / ".metadata")
+        sync_folder(job.partial / STATE)
         for note in notes:
             note.unlink()
         marker = {"step": job.step, "num_ranks": self._num_ranks, "files": dict(sorted(files.items()))}

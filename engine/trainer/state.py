@@ -59,7 +59,7 @@ def sharded_optimizer(optimizer: Any, model: Mapping[str, Any]) -> dict[str, Any
         for parameter, start, stop, values in _held(part):
             place, is_alone = places[id(parameter)], isinstance(part, DistributedOptimizer)
             for name, value in values.items():
-                tensors += _shards(name, place, start, stop, value, is_alone=is_alone)
+                tensors += cut(place, start, stop, value, prefix=f"optimizer.{name}.", is_alone=is_alone)
         steps.add(_num_steps(part.optimizer))
     assert len(steps) <= 2, f"the parts of the optimizer have done {steps} steps"
     return {"step": max(steps), "tensors": tensors}
@@ -110,12 +110,14 @@ def _values(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, main: tor
     return values if parameter.dtype == main.dtype else values | {"master": main.detach()}
 
 
-def _shards(
-    name: str, place: ShardedTensor | ShardedTensorFactory, start: int, stop: int, value: torch.Tensor, *, is_alone: bool
+def cut(
+    place: ShardedTensor | ShardedTensorFactory, start: int, stop: int, value: torch.Tensor, *, prefix: str = "", is_alone: bool = False
 ) -> Iterator[ShardedTensor]:
-    """`value`, the elements [start, stop) of a local parameter, as rectangles of the whole tensor.
+    """`value`, the elements [start, stop) of a local parameter, as rectangles of the whole tensor, off the grid of the ranks.
 
     Args:
+        place: of the parameter, as its model's sharded_state_dict() has it.
+        prefix: put before the parameter's name.
         is_alone: no other data-parallel rank holds these elements.
     """
     # A factory cuts the parameter further (gate and up): what it makes of a tensor without memory shows where.
@@ -134,7 +136,7 @@ def _shards(
             local_shape = (1,) * prepended + size
             whole_offset = [a + b for a, b in zip(piece.global_offset, (*[0] * prepended, *offset), strict=True)]
             yield ShardedTensor(
-                key=f"optimizer.{name}.{piece.key}",
+                key=f"{prefix}{piece.key}",
                 data=flat[at : at + math.prod(size)].view(local_shape),
                 dtype=value.dtype,
                 local_shape=local_shape,

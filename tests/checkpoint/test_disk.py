@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import tandem.engine.trainer  # noqa: F401  before megatron
+from tandem.engine.checkpoint import hf_folder as hf_folder_module
+from tandem.engine.checkpoint import safetensors_folder
 from tandem.engine.checkpoint.disk import find_damage, load_latest
 from tandem.engine.checkpoint.hf_folder import export_hf, load_hf_weights, read_hf_config, read_stop_token_ids
 from tandem.engine.checkpoint.save import CheckpointSaver
@@ -55,6 +57,7 @@ def build_trainer(folder: Path, mesh: MeshConfig) -> MegatronTrainer:
 
 
 def import_and_export(source: Path, target: Path, mesh: MeshConfig) -> None:
+    hf_folder_module.BAND_BYTES, safetensors_folder.READ_BYTES = 1500, 700  # a few rows at a time, even of these tensors
     trainer = build_trainer(source, mesh)
     load_hf_weights(source, trainer)
     tokenizer = source / "tokenizer.json"
@@ -216,9 +219,9 @@ def test_stop_tokens_are_those_of_both_configs(tmp_path: Path):
         read_stop_token_ids(tmp_path)
 
 
-def save_steps(source: Path, folder: Path, mesh: MeshConfig, steps: list[int], keep: int = 2, is_waiting: bool = True) -> list[int | None]:
-    """Save one checkpoint per step, whose final norm is the step; `is_waiting`: `save` itself waits for the disk."""
-    saver = CheckpointSaver(folder, keep=keep, asynchronous=not is_waiting)
+def save_steps(source: Path, folder: Path, mesh: MeshConfig, steps: list[int], keep: int = 2) -> list[int | None]:
+    """Save one checkpoint per step, whose final norm is the step."""
+    saver = CheckpointSaver(folder, keep=keep, asynchronous=False)
     trainer = build_trainer(source, mesh)
     load_hf_weights(source, trainer)
     oldest = []
@@ -229,7 +232,7 @@ def save_steps(source: Path, folder: Path, mesh: MeshConfig, steps: list[int], k
         trainer.weights_changed()
         extra = {"rank": dist.get_rank(), "seen": {7: [0.5, "a"]}} if dist.get_rank() == 0 else None
         saver.save(step, trainer.sharded_state_dict(), extra)
-        oldest.append(saver.poll() if is_waiting else saver.wait())
+        oldest.append(saver.poll())
     return oldest
 
 
