@@ -36,6 +36,12 @@ class Launched:
         beat = read_beat(self.logs, rank)
         return (beat["phase"], beat["iteration"]) if beat is not None and beat["pid"] == self.pids[rank] else ("", -1)
 
+    def is_in(self, rank: int, moment: str) -> bool:
+        """Whether a rank is in this phase; "save": whether a checkpoint is being written, beside whatever phase it is."""
+        if moment == "save":
+            return self.beat(rank)[1] >= 0 and any((self.logs.parent / "checkpoints").glob("partial_*"))
+        return self.beat(rank)[0] == moment
+
     def signal(self, rank: int, number: int) -> None:
         os.kill(self.pids[rank], number)
 

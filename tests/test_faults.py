@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from tests.launched import Launched
 # Generous where a quiet machine needs seconds: a launch, what is left of a run, and the end of ranks whose peer died.
 LAUNCH_S, END_S = 100, 30
 # How long after a phase began a kill comes at most, in seconds: about as long as the phase takes.
-DELAYS = {"rollout": 0.3, "train": 0.1, "swap": 0.003, "checkpoint": 0.1}
+DELAYS = {"rollout": 0.3, "train": 0.1, "swap": 0.003, "checkpoint": 0.02, "save": 0.1}
 MOMENTS = tuple(DELAYS)
 
 pytestmark = pytest.mark.distributed
@@ -65,27 +66,24 @@ def finish(run_dir: Path, folder: Path, **changes: Any) -> Launched:
     return launched
 
 
-def stop_in(launched: Launched, rank: int, phase: str, delay_s: float, num_passed: int = 0) -> bool:
-    """Stop a rank (SIGSTOP) within its next phase of this name, `delay_s` after it began. False if the run ended before.
+def stop_in(launched: Launched, rank: int, moment: str, delay_s: float, num_passed: int = 0) -> bool:
+    """Stop a rank (SIGSTOP) within its next such moment, `delay_s` after it began. False if the run ended before.
 
-    `num_passed` iterations with such a phase are let pass.
+    `num_passed` iterations with such a moment are let pass.
     """
     deadline, passed = time.monotonic() + LAUNCH_S, set[int]()
     while not launched.poll() and time.monotonic() < deadline:
-        now, iteration = launched.beat(rank)
-        if now != phase or (iteration not in passed and len(passed) < num_passed):
-            if now == phase:
-                passed.add(iteration)
+        _, iteration = launched.beat(rank)
+        if iteration in passed or not launched.is_in(rank, moment):
             time.sleep(0.0002)
-            continue
-        if iteration in passed:
-            time.sleep(0.0002)
-            continue
-        time.sleep(delay_s)
-        launched.signal(rank, signal.SIGSTOP)
-        if launched.beat(rank) == (phase, iteration):
-            return True
-        launched.signal(rank, signal.SIGCONT)
+        elif len(passed) < num_passed:
+            passed.add(iteration)
+        else:
+            time.sleep(delay_s)
+            launched.signal(rank, signal.SIGSTOP)
+            if launched.is_in(rank, moment):
+                return True
+            launched.signal(rank, signal.SIGCONT)
     return False
 
 
@@ -129,7 +127,7 @@ def test_kill_9_in_every_phase_changes_nothing(run_dir: Path, undisturbed: dict[
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [2, 3])
 def test_kill_9_at_ten_more_moments_changes_nothing(seed: int, run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
-    kills = {"rollout": 4, "train": 2, "swap": 2, "checkpoint": 2}
+    kills = {"rollout": 3, "train": 2, "swap": 2, "checkpoint": 1, "save": 2}
     assert kill_and_resume(run_dir, tmp_path / "out", seed=seed, kills=kills) == kills
     assert outcome(run_dir) == undisturbed
 
@@ -140,6 +138,7 @@ def rollouts_of(run_dir: Path, rank: int, iteration: int) -> list[dict[str, int]
     return [event["args"] for event in events if event["name"] == "rollout" and event["ph"] == "i" and event["args"]["step"] == iteration]
 
 
+@pytest.mark.slow
 def test_what_had_been_generated_is_not_generated_again(run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     launched = Launched(faulty_run(run_dir), tmp_path / "killed")
     journals = [run_dir / "replay" / f"journal_{rank}.sqlite" for rank in (0, 1)]
@@ -180,6 +179,7 @@ def test_of_an_interrupted_phase_only_what_was_in_flight_is_generated(run_dir: P
     assert newest["tokens"] > newest["reused_tokens"]
 
 
+@pytest.mark.slow
 def test_other_sampling_settings_find_nothing_in_the_journal(run_dir: Path, tmp_path: Path) -> None:
     launched = Launched(faulty_run(run_dir), tmp_path / "killed")
     assert stop_in(launched, 0, "train", 0.0)
@@ -246,6 +246,7 @@ def test_a_journal_that_may_grow_no_more_ends_the_run_and_loses_nothing(run_dir:
     assert outcome(run_dir) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_the_newest_checkpoint_goes_back_to_the_one_before(
     run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -283,3 +284,43 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on_as_if_nothing_had_been(
         del result["checkpoints"]
         result["buffers"] = [[row for row in rows if row[2] is None or row[2] == STEPS - 1] for rows in result["buffers"]]
     assert ended == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rank_that_hangs_ends_the_run_with_its_name_and_the_run_goes_on(
+    run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    launched = Launched(faulty_run(run_dir, watchdog_s=30.0), tmp_path / "hanging")
+    assert stop_in(launched, 1, "rollout", 0.05)
+    statuses = launched.wait(120)
+    assert statuses == [1, -signal.SIGKILL], launched.output()
+    assert not launched.left_behind(END_S)
+    assert "rank 1 hangs: its process is stopped or holds the interpreter" in launched.output()
+    assert "in the phase 'rollout' of iteration 0" in launched.output()
+    for rank in (0, 1):
+        assert "engine/train.py" in (launched.logs / f"rank_{rank}.stack").read_text()
+    finish(run_dir, tmp_path / "resumed")
+    assert outcome(run_dir) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_corrupt_buffer_row_names_the_iteration_to_go_back_to(run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    """A group that waits across a checkpoint is damaged: the run says so, and from an earlier checkpoint it makes the group again."""
+    launched = Launched(faulty_run(run_dir), tmp_path / "killed")
+    assert stop_in(launched, 0, "swap", 0.0, num_passed=2)
+    launched.signal(0, signal.SIGKILL)
+    launched.wait(END_S)
+    database = sqlite3.connect(run_dir / "replay" / "rank_0.sqlite")
+    query = "SELECT row_id, payload FROM groups WHERE kind = 'partial' AND created = 1 AND ifnull(consumed, 2) >= 2"
+    row_id, payload = database.execute(query).fetchone()
+    database.execute("UPDATE groups SET payload = ? WHERE row_id = ?", (payload[:-1] + bytes([payload[-1] ^ 1]), row_id))
+    database.commit()
+    database.close()
+    launched = Launched(faulty_run(run_dir), tmp_path / "damaged")
+    assert 0 not in launched.wait(LAUNCH_S)
+    assert f"row {row_id}, made in iteration 1, is damaged" in launched.output()
+    assert "remove the checkpoints of iterations after 1 first" in launched.output()
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000002")
+    finish(run_dir, tmp_path / "resumed")
+    assert outcome(run_dir) == undisturbed

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from tandem.engine.rollout.architecture import WorkerSetup
 from tandem.engine.rollout.inference import InferenceModel
 from tandem.engine.rollout.receive import WeightStore
 from tandem.engine.rollout.scheduler import Scheduler
+from tandem.engine.rollout.setup import WorkerSetup
 from tandem.engine.types import GenerationRequest, TensorMeta
 
 
@@ -112,7 +112,8 @@ def _die_with(parent_pid: int) -> None:
 
 def main() -> None:
     fd, parent_pid = int(sys.argv[1]), int(sys.argv[2])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops this process
+    for number in (signal.SIGINT, signal.SIGTERM):  # those are for the parent, which then stops this process
+        signal.signal(number, signal.SIG_IGN)
     _die_with(parent_pid)
     connection = Connection(fd)
     try:
