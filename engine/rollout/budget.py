@@ -141,6 +141,11 @@ def _generate_groups(
 def _extended(response: Response, completion: Completion) -> Response:
     segments = response.segments
     if completion.token_ids:
-        segment = Segment(token_ids=completion.token_ids, logprobs=completion.logprobs, policy_version=completion.policy_version)
+        segment = Segment(
+            token_ids=completion.token_ids,
+            logprobs=completion.logprobs,
+            policy_version=completion.policy_version,
+            routed_experts=completion.routed_experts,
+        )
         segments = (*segments, segment)
     return dataclasses.replace(response, segments=segments, stop=completion.stop)

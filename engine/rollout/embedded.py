@@ -20,9 +20,10 @@ from typing import IO, Any, Self
 
 import torch
 
+from tandem.engine.architecture import Architecture
 from tandem.engine.buckets import BucketStream
 from tandem.engine.config import RolloutConfig
-from tandem.engine.rollout.architecture import Architecture, WorkerSetup
+from tandem.engine.rollout.setup import WorkerSetup
 from tandem.engine.types import BucketEntry, Completion, EngineDiedError, GenerationRequest, StopState, TensorMeta
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -75,19 +76,22 @@ class EmbeddedEngine:
         """Start the child; does not wait for it.
 
         Args:
-            hf_config: the model's config.json (Qwen3 or Qwen3-MoE).
+            hf_config: the model's config.json, of a family that `Architecture` knows.
             dtype: "float32" or "bfloat16", of weights and activations; logits and log-probs are float32.
             context_length: most tokens of prompt plus response.
             log_path: where the child's stderr is appended; None: a temporary file, shown in errors only.
             timeout_s: deadline of every answer to a weight command, in seconds.
-        Raises: ValueError if the model or the dtype is not supported.
+        Raises: ValueError if the model or the dtype is not supported, or an option does not suit it.
         """
         if dtype not in _DTYPES:
             raise ValueError(f"dtype is {dtype!r}; the embedded rollout engine has {' and '.join(_DTYPES)}")
         if num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}; it must be at least 1")
+        architecture = Architecture.from_hf(hf_config)
+        if config.record_routing and architecture.experts is None:
+            raise ValueError(f"rollout.record_routing is True, but {architecture.model_type} has no experts; set it to False")
         self._setup = WorkerSetup(
-            architecture=Architecture.from_hf(hf_config),
+            architecture=architecture,
             config=config,
             dtype=_DTYPES[dtype],
             context_length=context_length,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 import xxhash
 
+from tandem.engine.architecture import Architecture
 from tandem.engine.buckets import CHECKSUMMED, FAILED, LOADED, NUM_SLOTS, BucketSlice, BucketStream, PeerFailed, SharedBuckets
-from tandem.engine.rollout.architecture import Architecture
-from tandem.engine.rollout.weights import ModelWeights
+from tandem.engine.rollout.weights import ModelWeights, tensor_metas
 from tandem.engine.types import BucketEntry, TensorMeta, WeightTransferError
 
 _MAX_MAPPINGS = 16  # of buckets; a sender has a few, and a restarted one brings new files
@@ -26,6 +26,7 @@ class WeightStore:
     def __init__(self, architecture: Architecture, dtype: torch.dtype) -> None:
         self.architecture = architecture
         self.dtype = dtype
+        self._expected = tensor_metas(architecture, dtype)
         self.serving: ModelWeights | None = None
         self._spare: ModelWeights | None = None
         self._receiving: ModelWeights | None = None
@@ -36,7 +37,7 @@ class WeightStore:
 
     def prepare(self, policy_version: int, tensors: Sequence[TensorMeta]) -> None:
         """Begin a transaction. Raises: WeightTransferError naming the tensor that is not the model's."""
-        _check_tensors(self.architecture.tensor_shapes(), self.dtype, tensors)
+        _check_tensors(self._expected, tensors)
         self._begin(policy_version)
 
     def _begin(self, policy_version: int) -> ModelWeights:
@@ -57,7 +58,7 @@ class WeightStore:
             if self._stream is not None:
                 self._stream.close()
                 self._stream = None
-            _check_tensors(self.architecture.tensor_shapes(), self.dtype, stream.tensors)
+            _check_tensors(self._expected, stream.tensors)
             self._stream = _OpenStream(stream)
         assert self._stream is not None, "the first swap brings the stream"
         receiving = self._begin(policy_version)
@@ -207,16 +208,16 @@ class _Mappings:
             os.close(file)
 
 
-def _check_tensors(expected: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Sequence[TensorMeta]) -> None:
+def _check_tensors(expected: dict[str, TensorMeta], tensors: Sequence[TensorMeta]) -> None:
     got = {tensor.name for tensor in tensors}
     missing = [name for name in expected if name not in got]
     if missing:
         raise WeightTransferError(f"{len(missing)} tensors of the model are missing, the first is {missing[0]}")
     for tensor in tensors:
-        shape = expected.get(tensor.name)
-        if shape is None:
+        wanted = expected.get(tensor.name)
+        if wanted is None:
             raise WeightTransferError(f"tensor {tensor.name} is not one of the model")
-        if tuple(tensor.shape) != shape:
-            raise WeightTransferError(f"tensor {tensor.name} has shape {list(tensor.shape)}; the model has {list(shape)}")
-        if tensor.dtype != dtype:
-            raise WeightTransferError(f"tensor {tensor.name} is {tensor.dtype}; the model is {dtype}")
+        if tuple(tensor.shape) != wanted.shape:
+            raise WeightTransferError(f"tensor {tensor.name} has shape {list(tensor.shape)}; the model has {list(wanted.shape)}")
+        if tensor.dtype != wanted.dtype:
+            raise WeightTransferError(f"tensor {tensor.name} is {tensor.dtype}; the model is {wanted.dtype}")

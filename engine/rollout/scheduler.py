@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from tandem.engine.config import RolloutConfig
-from tandem.engine.rollout.inference import ATTENTION_ROWS, InferenceModel, KVCache
+from tandem.engine.rollout.inference import ATTENTION_ROWS, InferenceModel
+from tandem.engine.rollout.kv_cache import KVCache
 from tandem.engine.rollout.recorded import Ended, RecordedRows
 from tandem.engine.rollout.repetition import BatchedRepetitionDetector
 from tandem.engine.rollout.sampling import sample, uniforms
@@ -64,6 +65,7 @@ class Scheduler:
         self._temperature = np.zeros(num_rows, dtype=np.float64)
         self._new_tokens = np.zeros((num_rows, longest_new), dtype=np.int32)
         self._new_logprobs = np.zeros((num_rows, longest_new), dtype=np.float32)
+        self._new_experts = np.empty(num_rows, dtype=object)  # lists of int16 [X, K], one for each new token
         self._state = (
             self._index,
             self._position,
@@ -74,6 +76,7 @@ class Scheduler:
             self._temperature,
             self._new_tokens,
             self._new_logprobs,
+            self._new_experts,
         )
 
     def run(self, poll_aborted: Poll) -> Iterator[list[Ended]]:
@@ -121,6 +124,7 @@ class Scheduler:
             self._position[row] = num_cached
             self._token[row] = request.token_ids[-1]
             self._num_new[row] = 0
+            self._new_experts[row] = []
             self._max_new[row] = request.max_new_tokens
             self._seed[row] = request.seed
             self._temperature[row] = self._config.temperature if request.temperature is None else request.temperature
@@ -146,12 +150,16 @@ class Scheduler:
         """Decode one token in every row that computes; only the requests in `chosen` keep it (None: all)."""
         self._sort_rows()
         n = self._num_active
-        logits = self._model.decode(self._weights, self._cache, torch.from_numpy(self._token[:n]), self._position[:n])
+        logits, experts = self._model.decode(self._weights, self._cache, torch.from_numpy(self._token[:n]), self._position[:n])
         random = uniforms(self._seed[:n], self._num_new[:n])
         tokens, logprobs = sample(logits, random, self._temperature[:n], top_k=self._config.top_k, top_p=self._config.top_p)
         rows = np.arange(n) if chosen is None else np.flatnonzero([index in chosen for index in self._index[:n].tolist()])
         self._new_tokens[rows, self._num_new[rows]] = tokens[rows]
         self._new_logprobs[rows, self._num_new[rows]] = logprobs[rows]
+        if self._config.record_routing:
+            experts_BXK = torch.stack(experts, dim=1).to(torch.int16).numpy()
+            for row in rows.tolist():
+                self._new_experts[row].append(experts_BXK[row])
         self._num_new[rows] += 1
         self._token[rows] = tokens[rows]
         self._position[rows] += 1
@@ -189,7 +197,8 @@ class Scheduler:
         for row, stop in rows:
             num_new = self._num_new[row]
             tokens, logprobs = self._new_tokens[row, :num_new].copy(), self._new_logprobs[row, :num_new].copy()
-            ended.append(Ended(int(self._index[row]), tokens, logprobs, stop))
+            experts = self._new_experts[row]
+            ended.append(Ended(int(self._index[row]), tokens, logprobs, stop, np.stack(experts) if experts else None))
         for row, _ in reversed(rows):
             self._num_active -= 1
             last = self._num_active

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 import xxhash
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tandem.engine.rollout.embedded import EmbeddedEngine
 from tandem.engine.types import BucketEntry, Completion, TensorMeta
@@ -42,6 +50,13 @@ def tiny_model(
     torch.manual_seed(seed)
     if kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**sizes | changes))
+    elif kind == "deepseek_v3":
+        latents: dict[str, Any] = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+        latents |= {"num_key_value_heads": changes.get("num_attention_heads", sizes["num_attention_heads"])}
+        experts = {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 40}
+        model = DeepseekV3ForCausalLM(
+            DeepseekV3Config(**{**sizes, "head_dim": 8} | latents | experts | {"first_k_dense_replace": 1} | changes)
+        )
     else:
         experts: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
         experts["mlp_only_layers"] = [1]

@@ -20,6 +20,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "qwen3, odd heads": {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 208},
     "qwen3, one head": {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 208},
+    # Latents of more than one block of MKL's sums; an odd number of experts in the sigmoids.
+    "deepseek_v3": {"kv_lora_rank": 200, "num_attention_heads": 3, "n_routed_experts": 9, "n_group": 3},
     "qwen3_moe": {"num_attention_heads": 3, "num_key_value_heads": 3, "moe_intermediate_size": 37, "num_experts": 5},
 }
 
