@@ -3,6 +3,7 @@ traceback.
 """
 
 import contextlib
+import errno
 import sys
 import time
 from collections.abc import Iterator
@@ -45,6 +46,10 @@ def clear_errors(rank: int = 0) -> Iterator[None]:
         if rank != 0:
             time.sleep(RANK_0_FIRST_S)
         fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"{error}; make room there and start again", status=1)
 
 
 def _raised_by_us(error: BaseException) -> bool:
