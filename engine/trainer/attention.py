@@ -11,8 +11,8 @@ from megatron.core.transformer import TransformerConfig
 from tandem.engine.architecture import Architecture
 from tandem.engine.trainer.batch import LocalBatch
 from tandem.engine.trainer.context_parallel import gather_keys
-from tandem.engine.trainer.elementwise import rope
 from tandem.kernels.attention import packed_attention
+from tandem.kernels.rope import rope
 
 
 def attend(

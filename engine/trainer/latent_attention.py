@@ -19,8 +19,8 @@ from megatron.core.transformer.module import MegatronModule
 from tandem.engine.architecture import Architecture
 from tandem.engine.trainer.attention import attend
 from tandem.engine.trainer.batch import LocalBatch
-from tandem.engine.trainer.elementwise import interleaved_rope, rope
 from tandem.engine.trainer.modules import Norm, WholeLinear
+from tandem.kernels.rope import interleaved_rope, rope
 
 
 class LatentSelfAttention(MegatronModule):

@@ -7,7 +7,8 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
-from tandem.engine.trainer.elementwise import rms_norm, swiglu
+from tandem.kernels.norm import rms_norm
+from tandem.kernels.swiglu import swiglu
 
 
 class Norm(torch.nn.Module):

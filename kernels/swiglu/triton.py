@@ -1,0 +1,57 @@
+"""SwiGLU in Triton, in fp32 between load and store. Shapes as in the package, with the leading axes flattened to T rows."""
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import torch
+import triton
+import triton.language as tl
+
+TILE = 2048  # elements of a row that one program computes
+
+
+@triton.jit
+def _forward_kernel(x, out, F, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = column < F
+    gate = tl.load(x + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * F + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(grad, x, grad_x, F, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = column < F
+    gate = tl.load(x + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+    above = tl.load(grad + row * F + column, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    to_gate = above * up * (sigmoid + silu * (1.0 - sigmoid))
+    tl.store(grad_x + row * 2 * F + column, to_gate.to(grad_x.dtype.element_ty), mask=inside)
+    tl.store(grad_x + row * 2 * F + F + column, (above * silu).to(grad_x.dtype.element_ty), mask=inside)
+
+
+def _grid(x_T2F: torch.Tensor, width: int) -> tuple[int, int]:
+    return x_T2F.numel() // (2 * width), triton.cdiv(width, TILE)
+
+
+def forward(x_T2F: torch.Tensor) -> torch.Tensor:
+    """[T, F]."""
+    x_T2F = x_T2F.contiguous()
+    width = x_T2F.shape[-1] // 2
+    out_TF = x_T2F.new_empty((*x_T2F.shape[:-1], width))
+    if out_TF.numel():
+        _forward_kernel[_grid(x_T2F, width)](x_T2F, out_TF, width, TILE=TILE)
+    return out_TF
+
+
+def backward(grad_TF: torch.Tensor, x_T2F: torch.Tensor) -> torch.Tensor:
+    """[T, 2F]."""
+    x_T2F = x_T2F.contiguous()
+    width = x_T2F.shape[-1] // 2
+    grad_T2F = torch.empty_like(x_T2F)
+    if grad_T2F.numel():
+        _backward_kernel[_grid(x_T2F, width)](grad_TF.contiguous(), x_T2F, grad_T2F, width, TILE=TILE)
+    return grad_T2F
