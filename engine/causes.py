@@ -3,6 +3,7 @@
 import errno
 import shutil
 import sqlite3
+import textwrap
 import time
 from pathlib import Path
 
@@ -19,18 +20,19 @@ PEER_END_S = 2.0
 
 def cause_outside(error: Exception, rank: int, run_dir: Path, watchdog: Watchdog) -> str:
     """What to tell the user when `error` comes from no mistake on this rank; "" otherwise."""
+    said = textwrap.shorten(str(error), 240, placeholder=" …")
     again = "start the run again: it goes on from its newest checkpoint, and finished segments are not generated again"
     free_bytes = shutil.disk_usage(run_dir).free
     if free_bytes < DISK_FULL_BYTES or is_disk_full(error):
         left = f"{run_dir} has {free_bytes >> 10} KiB left"
-        return f"rank {rank}: no room to write in {watchdog.where()}; {left} ({error}). Free some and {again}"
+        return f"rank {rank}: no room to write in {watchdog.where()}; {left} ({said}). Free some and {again}"
     if not is_peer_lost(error):
         return ""
     deadline = time.monotonic() + PEER_END_S
     while not (lost := watchdog.lost_peers()) and time.monotonic() < deadline:
         time.sleep(0.02)
     who = f"rank {', '.join(map(str, lost))}" if lost else "another rank"
-    return f"rank {rank}: {who} is gone, noticed in {watchdog.where()} ({error}). Its own last words, or its launcher's, tell why; {again}"
+    return f"rank {rank}: {who} is gone, noticed in {watchdog.where()} ({said}). Its own last words, or its launcher's, tell why; {again}"
 
 
 def is_disk_full(error: BaseException | None) -> bool:

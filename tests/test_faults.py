@@ -27,7 +27,7 @@ LAUNCH_S, END_S = 100, 30
 DELAYS = {"rollout": 0.3, "train": 0.1, "swap": 0.003, "checkpoint": 0.02, "save": 0.1}
 MOMENTS = tuple(DELAYS)
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]  # seconds each where nothing else runs
 
 
 @pytest.fixture(scope="module")
