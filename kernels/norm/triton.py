@@ -14,7 +14,7 @@ MAX_PROGRAMS = 1024  # of the backward pass; each keeps a part of the weight's g
 
 def _tile(width: int) -> tuple[int, int]:
     """(rows of a tile, padded width)."""
-    padded = triton.next_power_of_2(width)
+    padded = 1 << max(0, width - 1).bit_length()
     return max(1, ELEMENTS_PER_TILE // padded), padded
 
 

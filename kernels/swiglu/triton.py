@@ -34,7 +34,7 @@ def _backward_kernel(grad, x, grad_x, F, TILE: tl.constexpr):
 
 
 def _grid(x_T2F: torch.Tensor, width: int) -> tuple[int, int]:
-    return x_T2F.numel() // (2 * width), triton.cdiv(width, TILE)
+    return x_T2F.numel() // (2 * width), -(-width // TILE)
 
 
 def forward(x_T2F: torch.Tensor) -> torch.Tensor:
