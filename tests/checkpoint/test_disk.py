@@ -11,43 +11,26 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import tandem.engine.trainer  # noqa: F401  before megatron
 from tandem.engine.checkpoint import hf_folder as hf_folder_module
 from tandem.engine.checkpoint import safetensors_folder
-from tandem.engine.checkpoint.disk import find_damage, load_latest
-from tandem.engine.checkpoint.hf_folder import export_hf, load_hf_weights, read_hf_config, read_stop_token_ids
+from tandem.engine.checkpoint.disk import STATE, find_damage, find_latest, load_latest
+from tandem.engine.checkpoint.hf_folder import export_hf, load_hf_weights, read_hf_config, read_stop_token_ids, write_model
 from tandem.engine.checkpoint.save import CheckpointSaver
 from tandem.engine.config import LossConfig, MeshConfig, TrainerConfig
 from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh
+from tandem.engine.trainer.stored import stored_weights
 from tandem.engine.types import WeightShard
 from tests.checkpoint.test_names import DENSE, megatron_shards, random_hf_state
 from tests.ranks import run_ranks
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-}
-MOE_SIZES: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+from tests.trainer.families import hf_model
 
 
-def hf_folder(folder: Path, kind: str) -> Path:
+def hf_folder(folder: Path, family: str) -> Path:
     """A tiny random model as transformers saves it."""
-    torch.manual_seed(3)
-    if kind == "moe":
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **MOE_SIZES, tie_word_embeddings=False))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=kind == "tied"))
-    model.save_pretrained(folder, max_shard_size="40KB")
+    hf_model(family).save_pretrained(folder, max_shard_size="40KB")
     return folder
 
 
@@ -57,40 +40,59 @@ def build_trainer(folder: Path, mesh: MeshConfig) -> MegatronTrainer:
 
 
 def import_and_export(source: Path, target: Path, mesh: MeshConfig) -> None:
-    hf_folder_module.BAND_BYTES, safetensors_folder.READ_BYTES = 1500, 700  # a few rows at a time, even of these tensors
+    """A few rows at a time, even of these tensors. A checkpoint lies beside the target."""
+    hf_folder_module.BAND_BYTES, safetensors_folder.READ_BYTES = 1500, 700
     trainer = build_trainer(source, mesh)
     load_hf_weights(source, trainer)
     tokenizer = source / "tokenizer.json"
     export_hf(trainer, target, max_shard_bytes=40_000, extra_files=[tokenizer])
     with pytest.raises(ValueError, match="exists"):
         export_hf(trainer, target)
+    CheckpointSaver(target.with_suffix(".saved"), keep=1, asynchronous=False).save(1, trainer.sharded_state_dict())
+
+
+def export_stored(source: Path, target: Path, checkpoints: Path) -> None:
+    """What `tandem export` does with a checkpoint, whatever layout saved it."""
+    hf_folder_module.BAND_BYTES = 1500
+    hf_config, found = read_hf_config(source), find_latest(checkpoints)
+    assert found is not None
+    weights = stored_weights(hf_config, build_mesh(MeshConfig(), hf_config), TrainerConfig(), found[1] / STATE)
+    write_model(hf_config, torch.float32, weights, target, max_shard_bytes=40_000)
+    with pytest.raises(ValueError, match="exists"):
+        write_model(hf_config, torch.float32, weights, target)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
+LAYOUTS = {
+    "qwen3": MeshConfig(tp=2),
+    "qwen3, tied": MeshConfig(pp=2),
+    "qwen3_moe": MeshConfig(tp=2, sequence_parallel=True, ep=2),
+    "llama": MeshConfig(tp=2, sequence_parallel=True),
+    "llama, tied": MeshConfig(pp=2, vpp=2),
+    "qwen2": MeshConfig(tp=2),
+    "deepseek_v3": MeshConfig(ep=2),
+    "moonlight": MeshConfig(pp=2),
+}
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("kind", "mesh"),
-    [
-        ("dense", MeshConfig(tp=2)),
-        ("tied", MeshConfig(pp=2)),
-        ("moe", MeshConfig(ep=2)),
-        ("moe", MeshConfig(tp=2, sequence_parallel=True, ep=2)),
-    ],
-    ids=["dense tp2", "tied pp2", "moe ep2", "moe tp2 ep2"],
-)
-def test_a_model_comes_back_bit_for_bit(tmp_path: Path, kind: str, mesh: MeshConfig):
-    source = hf_folder(tmp_path / "source", kind)
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_a_model_comes_back_bit_for_bit(tmp_path: Path, family: str):
+    source = hf_folder(tmp_path / "source", family)
     (source / "tokenizer.json").write_text("{}")
-    target = tmp_path / "target"
-    run_ranks(import_and_export, 2, source, target, mesh)
+    target, stored = tmp_path / "target", tmp_path / "stored"
+    run_ranks(import_and_export, 2, source, target, LAYOUTS[family])
+    run_ranks(export_stored, 1, source, stored, tmp_path / "target.saved")
     assert (target / "tokenizer.json").read_text() == "{}"
-    before, after = tensors_of(source), tensors_of(target)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert len(list(target.glob("*.safetensors"))) > 1
+    before = tensors_of(source)
+    for folder in (target, stored):
+        after = tensors_of(folder)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert len(list(folder.glob("*.safetensors"))) > 1
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -111,10 +113,10 @@ for i in range(1, len(sys.argv), 2):
 @pytest.mark.distributed
 def test_transformers_loads_an_export_and_computes_the_same_logits(tmp_path: Path):
     folders = []
-    for kind, mesh in (("dense", MeshConfig(tp=2)), ("moe", MeshConfig(ep=2))):
-        source, target = hf_folder(tmp_path / kind, kind), tmp_path / f"{kind}_out"
+    for family in ("qwen3_moe", "llama, tied", "qwen2", "deepseek_v3"):
+        source, target = hf_folder(tmp_path / family, family), tmp_path / f"{family}_out"
         (source / "tokenizer.json").write_text("{}")
-        run_ranks(import_and_export, 2, source, target, mesh)
+        run_ranks(import_and_export, 2, source, target, LAYOUTS[family])
         folders += [source, target]
     subprocess.run([sys.executable, "-c", COMPARE_LOGITS, *map(str, folders)], check=True)
 
@@ -247,7 +249,7 @@ def load_step(source: Path, folder: Path, mesh: MeshConfig) -> tuple[int, Any, d
 
 @pytest.mark.distributed
 def test_the_newest_whole_checkpoint_is_loaded_on_another_layout(tmp_path: Path):
-    source, folder = hf_folder(tmp_path / "source", "dense"), tmp_path / "checkpoints"
+    source, folder = hf_folder(tmp_path / "source", "qwen3"), tmp_path / "checkpoints"
     assert run_ranks(load_step, 1, source, folder, MeshConfig()) == [None]
     assert run_ranks(save_steps, 2, source, folder, MeshConfig(tp=2), [1, 2, 3]) == [[1, 1, 2]] * 2
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000002", "step_00000003"]
