@@ -58,12 +58,15 @@ def conditions() -> dict[str, str]:
     }
 
 
-def record_of(family: str, layout: str, num_ranks: int, dtype: str, errors: Errors, seconds: float) -> dict[str, Any]:
+def record_of(
+    family: str, layout: str, num_ranks: int, dtype: str, of_losses: Iterable[str], errors: Errors, seconds: float
+) -> dict[str, Any]:
     return {
         "family": family,
         "layout": layout,
         "processes": num_ranks,
         "dtype": dtype,
+        "losses": list(of_losses),
         "logprob_error": errors.logprobs,
         "loss_error": errors.loss,
         "gradient_error": errors.gradient,
@@ -77,7 +80,7 @@ def measure(family: str, layout: Layout, reference: Reference, of_losses: Iterab
     """One cell of the table."""
     start = time.monotonic()
     errors = combine(run_ranks(compare, layout.num_ranks, layout, reference, list(of_losses), dtype, timeout_s=300), reference)
-    record = record_of(family, layout.name, layout.num_ranks, dtype, errors, time.monotonic() - start)
+    record = record_of(family, layout.name, layout.num_ranks, dtype, of_losses, errors, time.monotonic() - start)
     print(f"{family:12} {dtype:8} {layout.name:70} {layout.num_ranks} {record['seconds']:6.1f} s  {errors.worst()}", flush=True)
     return record
 
@@ -85,11 +88,13 @@ def measure(family: str, layout: Layout, reference: Reference, of_losses: Iterab
 def measure_family(family: str, layouts: Iterable[Layout]) -> list[dict[str, Any]]:
     """The cells of a family, and its part of the bf16 table where it has one."""
     fitting = [layout for layout in layouts if layout.fits(experts=FAMILIES[family].has_experts)]
-    reference = make_reference(family)
-    records = [measure(family, layout, reference, LOSSES, "float32") for layout in fitting]
+    if not fitting:
+        return []
+    references = {num_layers: make_reference(family, num_layers) for num_layers in {layout.num_layers for layout in fitting}}
+    records = [measure(family, layout, references[layout.num_layers], LOSSES, "float32") for layout in fitting]
     if family in BF16_LAYOUTS and ONE_PROCESS in fitting:
         exact, theirs = bf16_references(family)
-        records.append(record_of(family, HUGGING_FACE, 1, "bfloat16", theirs, 0.0))
+        records.append(record_of(family, HUGGING_FACE, 1, "bfloat16", SMOOTH_LOSSES, theirs, 0.0))
         records += [measure(family, layout, exact, SMOOTH_LOSSES, "bfloat16") for layout in (ONE_PROCESS, BF16_LAYOUTS[family])]
     return records
 
@@ -114,19 +119,22 @@ def document(records: Iterable[Mapping[str, Any]]) -> str:
     cells = {(record["dtype"], record["layout"], record["family"]): record for record in records}
     exact = [record for (dtype, _, _), record in cells.items() if dtype == "float32"]
     families = [family for family in FAMILIES if any(record["family"] == family for record in exact)]
+    of_losses = [name for name in LOSSES if all(name in record["losses"] for record in exact)]
     lines = [
         "# The trainer against Hugging Face, layout by layout",
         "",
         "Written by `python benchmarks/layout_table.py` from `benchmarks/baselines/layouts.jsonl`.",
         "",
         "Each cell holds three relative errors against one Hugging Face model in one process, float32: of the **loss**, of the",
-        "**gradient**, and of the **weights after two AdamW steps**. Of a tensor the error is ‖found - wanted‖ / ‖wanted‖; the largest of all",
-        f"tensors (for the gradient: under any of {len(LOSSES)} losses) is shown. The tests refuse more than {number(TOLERANCE)}. A dash: the",
-        "model cannot be trained like that (no experts to spread, or experts with tensor but without sequence parallelism).",
+        "**gradient**, and of the **weights after two AdamW steps**. Of a tensor the error is ‖found - wanted‖ / ‖wanted‖; the largest of",
+        f"all tensors (for the gradient: under any of {len(of_losses)} losses) is shown. The tests refuse more than {number(TOLERANCE)}.",
+        "A dash: the model cannot be trained like that (no experts to spread, or experts with tensor but without sequence parallelism).",
         "",
-        f"The losses: {', '.join(LOSSES)}. Rows are ragged, some of their tokens stale and left out; some ranks have fewer rows or none.",
+        f"The losses: {'; '.join(of_losses)}. Rows are ragged, some tokens stale and left out; some ranks have fewer rows or none.",
         "Names: TP tensor, SP sequence, PP pipeline, VPP virtual pipeline, CP context, DP data, EP expert and ETP expert-tensor parallel.",
         "What is not named is Megatron's plainest: AdamW on every rank, nothing overlapped or recomputed, all-to-all to the experts.",
+        "",
+        "Seconds are of the whole comparison, from forking the processes on, and tell mostly how busy the machine was.",
         "",
         *_conditions(exact),
         "",
@@ -162,8 +170,8 @@ def _bf16(cells: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> list[str]:
         "## bfloat16",
         "",
         "Against the same model in float32, with weights that bfloat16 holds; losses without clipping, since a ratio that rounding carries",
-        "over the clip's edge changes the gradient at once. The tests hold log-probs to 2 times and gradients to 3 times the error that",
-        "Hugging Face makes in bfloat16, losses to 2 %, and weights to 2^-9 of themselves (what bfloat16 can hold) plus 2 learning rates.",
+        "over the clip's edge changes the gradient at once. The tests hold log-probs to 2 times, gradients and weights to 3 times the",
+        "error that Hugging Face makes in bfloat16, and losses to 2 %.",
         "",
         "| family | what | processes | log-probs (nats, largest) | loss | gradient | weights |",
         "|---|---|---|---|---|---|---|",

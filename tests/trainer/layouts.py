@@ -12,6 +12,7 @@ class Layout:
 
     name: str
     num_ranks: int
+    num_layers: int = 4  # of the model
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed_optimizer: bool = False
     overlap: bool = False
@@ -52,6 +53,7 @@ LAYOUTS = (
     Layout(name="PP2", num_ranks=2, mesh=MeshConfig(pp=2)),
     Layout(name="PP4", num_ranks=4, mesh=MeshConfig(pp=4)),
     Layout(name="PP2 VPP2", num_ranks=2, mesh=MeshConfig(pp=2, vpp=2)),
+    Layout(name="PP4 VPP2 (8 layers)", num_ranks=4, num_layers=8, mesh=MeshConfig(pp=4, vpp=2)),
     Layout(name="CP2", num_ranks=2, mesh=MeshConfig(cp=2)),
     Layout(name="CP3", num_ranks=3, mesh=MeshConfig(cp=3)),
     Layout(name="CP2, selective recomputation", num_ranks=2, mesh=MeshConfig(cp=2), recompute="selective"),

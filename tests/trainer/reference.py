@@ -31,6 +31,7 @@ LOSSES: Mapping[str, LossConfig | None] = {
     "rest": LossConfig(variant="rest"),
     "grpo": LossConfig(variant="grpo"),
     "ppo_clip": LossConfig(variant="ppo_clip"),
+    "token level": LossConfig(variant="token_level", tau=0.3),
     "gspo": LossConfig(variant="gspo", clip_low=0.1, clip_high=0.1),
 }
 STEPPED = "mirror descent"  # the loss of the two steps
@@ -85,7 +86,7 @@ class Reference:
 
 def normaliser_of(loss: LossConfig | None, rows: Sequence[TrainingRow]) -> float:
     """What the rows' summed loss is divided by: responses, or trained tokens."""
-    of_tokens = loss is None or loss.variant == "ppo_clip"
+    of_tokens = loss is None or loss.variant in ("ppo_clip", "token_level")
     return float(sum(row.loss_mask.sum() for row in rows) if of_tokens else len(rows))
 
 
@@ -121,6 +122,9 @@ def row_loss(loss: LossConfig | None, row: TrainingRow, logprobs_N: torch.Tensor
             return -(weight * clipped((policy - reference).exp())).mean()
         case "ppo_clip":
             return -(weight * clipped((policy - reference).exp())).sum()
+        case "token_level":
+            bounded = (policy - reference).exp().clamp(1 - loss.clip_low, 1 + loss.clip_high)
+            return -(weight * (advantage * bounded - loss.tau * (policy - reference) ** 2)).sum()
 
 
 def _statistics(model: torch.nn.Module, row: TrainingRow) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,6 +162,7 @@ def _balance_loss(logits_TE: torch.Tensor, config: Any) -> torch.Tensor:
 
 def make_reference(
     family: str,
+    num_layers: int = 4,
     rows: Sequence[TrainingRow] | None = None,
     losses: Mapping[str, LossConfig | None] = LOSSES,
     dtype: torch.dtype = torch.float32,
@@ -174,7 +179,7 @@ def make_reference(
         reference_logprobs: by row id, [N] fp32. None: the model's own with noise, far enough from it for some ratios to be clipped.
     """
     rows = training_rows(LENGTHS) if rows is None else rows
-    model: Any = hf_model(family)
+    model: Any = hf_model(family, num_hidden_layers=num_layers)
     model.to(weights_dtype).to(dtype)
     config = model.config
     masters = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}

@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 from tests.trainer.compare import Errors, combine, compare, findings_of
 from tests.trainer.families import FAMILIES
 from tests.trainer.layouts import LAYOUTS, Layout
-from tests.trainer.reference import ADAM, CROSS_ENTROPY, LOSSES, Reference, make_reference
+from tests.trainer.reference import CROSS_ENTROPY, LOSSES, Reference, make_reference
 
 # fp32 sums in another order: about 1e-7 an operation, some 40 of them deep.
 TOLERANCE = 1e-5
@@ -50,14 +50,14 @@ CASES = [(family, layout) for family, of in FAMILIES.items() for layout in LAYOU
     ],
 )
 def test_a_layout_trains_like_hugging_face(family: str, layout: Layout, loss: str) -> None:
-    check(errors_of(layout, reference_of(family), [CROSS_ENTROPY, loss]))
+    check(errors_of(layout, reference_of(family, layout.num_layers), [CROSS_ENTROPY, loss]))
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(("family", "layout"), [pytest.param(*case, id=f"{case[0]}, {case[1].name}") for case in CASES])
 def test_every_layout_of_every_family_trains_like_hugging_face(family: str, layout: Layout) -> None:
-    check(errors_of(layout, reference_of(family), list(LOSSES)))
+    check(errors_of(layout, reference_of(family, layout.num_layers), list(LOSSES)))
 
 
 SP2 = {"tp": 2, "sequence_parallel": True}
@@ -95,5 +95,5 @@ def test_bf16_is_about_as_near_to_fp32_as_hugging_face_in_bf16(family: str, num_
     assert ours.gradient <= 3 * theirs.gradient, message
     # Errors of the log-probs cancel in their weighted sum; by how much is chance too.
     assert ours.loss <= 2e-2, message
-    # A weight that bf16 holds errs by up to 2^-9 of itself, and by part of a step.
-    assert ours.weight <= 2**-9 + 2 * ADAM.lr, message
+    # Here that is 2^-9 of a weight, what bf16 can hold, and parts of steps; a step left out would be ten times as much.
+    assert ours.weight <= 3 * theirs.weight, message

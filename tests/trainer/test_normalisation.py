@@ -2,6 +2,8 @@
 
 Batches and splits are drawn from seeded generators: rows of any length, some with no response, some with no trained token; a split
 assigns rows to data-parallel ranks (some get few or none), puts them in any order and cuts them into microbatches, empty ones among them.
+
+Always: losses that are divided by responses and by tokens, the balance loss on three layouts. `make test-all`: every loss and more batches.
 """
 
 import functools
@@ -19,10 +21,10 @@ from tandem.engine.trainer.mesh import build_mesh
 from tests.ranks import run_ranks
 from tests.trainer.compare import Part, gather_gradients, load, objectives_of, relative_errors, squared_errors
 from tests.trainer.families import VOCAB
-from tests.trainer.reference import LOSSES, TEMPERATURE, Reference, make_reference
+from tests.trainer.reference import CROSS_ENTROPY, LOSSES, TEMPERATURE, Reference, make_reference
 
 TOLERANCE = 1e-5
-NUM_BATCHES = 3
+SOME_LOSSES = (CROSS_ENTROPY, "mirror descent, stale tokens corrected", "grpo", "ppo_clip")
 AUX_LOSS_COEF = 0.5  # large, so that its gradient is a good part of the whole
 
 
@@ -115,15 +117,16 @@ def _train_on_splits(mesh: MeshConfig, config: TrainerConfig, references: Sequen
 
 
 @functools.cache
-def references(family: str, aux_loss_coef: float) -> list[Reference]:
+def references(family: str, aux_loss_coef: float, of_losses: tuple[str, ...], num_batches: int) -> list[Reference]:
     """Batches of one model."""
-    rows = [random_rows(np.random.default_rng(seed)) for seed in range(NUM_BATCHES)]
-    return [make_reference(family, rows=rows, aux_loss_coef=aux_loss_coef) for rows in rows]
+    chosen = {name: LOSSES[name] for name in of_losses}
+    rows = [random_rows(np.random.default_rng(seed)) for seed in range(num_batches)]
+    return [make_reference(family, rows=rows, losses=chosen, aux_loss_coef=aux_loss_coef) for rows in rows]
 
 
-def _check(num_ranks: int, mesh: MeshConfig, config: TrainerConfig, family: str) -> None:
-    batches = references(family, config.moe_aux_loss_coef)
-    of_ranks = run_ranks(_train_on_splits, num_ranks, mesh, config, batches, list(LOSSES))
+def _check(num_ranks: int, mesh: MeshConfig, config: TrainerConfig, family: str, of_losses: tuple[str, ...], num_batches: int = 2) -> None:
+    batches = references(family, config.moe_aux_loss_coef, of_losses, num_batches)
+    of_ranks = run_ranks(_train_on_splits, num_ranks, mesh, config, batches, of_losses, timeout_s=280)
     for outcomes in zip(*of_ranks, strict=True):
         batch, loss = outcomes[0].batch, outcomes[0].loss
         wanted = batches[batch].gradients[loss].tensors
@@ -149,22 +152,41 @@ DENSE = {
 }
 BALANCED = TrainerConfig(moe_aux_loss_coef=AUX_LOSS_COEF)
 EXPERTS = {
-    "qwen3_moe, 1": (1, MeshConfig(), BALANCED, "qwen3_moe"),
     "qwen3_moe, EP2, overlapped": (2, MeshConfig(ep=2), replace(BALANCED, overlap_grad_reduce=True), "qwen3_moe"),
-    "qwen3_moe, EP2 CP2 DP2": (4, MeshConfig(ep=2, cp=2), BALANCED, "qwen3_moe"),
-    "qwen3_moe, EP2, allgather": (2, MeshConfig(ep=2), replace(BALANCED, moe_dispatcher="allgather"), "qwen3_moe"),
     "qwen3_moe, TP2 EP2 PP2, SP": (4, MeshConfig(ep=2, pp=2, **SP), BALANCED, "qwen3_moe"),
     "deepseek_v3, EP2 CP2": (2, MeshConfig(ep=2, cp=2), BALANCED, "deepseek_v3"),
+}
+MORE_EXPERTS = {
+    "qwen3_moe, 1": (1, MeshConfig(), BALANCED, "qwen3_moe"),
+    "qwen3_moe, EP2 CP2 DP2": (4, MeshConfig(ep=2, cp=2), BALANCED, "qwen3_moe"),
+    "qwen3_moe, EP2, allgather": (2, MeshConfig(ep=2), replace(BALANCED, moe_dispatcher="allgather"), "qwen3_moe"),
+    "moonlight, EP4, overlapped": (4, MeshConfig(ep=4), replace(BALANCED, overlap_grad_reduce=True), "moonlight"),
 }
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", DENSE)
 def test_a_batch_has_one_gradient_and_one_set_of_statistics_however_it_is_split(layout: str) -> None:
-    _check(*DENSE[layout], "qwen3")
+    _check(*DENSE[layout], "qwen3", SOME_LOSSES)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", EXPERTS)
 def test_so_has_a_batch_with_a_balance_loss(layout: str) -> None:
-    _check(*EXPERTS[layout])
+    _check(*EXPERTS[layout], (CROSS_ENTROPY, "grpo"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("layout", DENSE)
+def test_every_loss_has_one_gradient_however_a_batch_is_split(layout: str) -> None:
+    _check(*DENSE[layout], "qwen3", tuple(LOSSES), num_batches=4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("layout", EXPERTS | MORE_EXPERTS)
+def test_every_loss_with_a_balance_loss_has_one_gradient_however_a_batch_is_split(layout: str) -> None:
+    _check(*(EXPERTS | MORE_EXPERTS)[layout], tuple(LOSSES), num_batches=3)
