@@ -28,7 +28,7 @@ def serve_folder(folder: Path, sink: WeightSink, dtype: torch.dtype, *, policy_v
             reader.check(tensors, ignored=tied)
             sink.prepare(policy_version, tensors)
             for meta in tensors:
-                whole = reader.read(meta.name, tuple((0, size) for size in meta.shape)).to(dtype).contiguous()
+                whole = reader.read(meta.name, tuple((0, size) for size in meta.shape)).to(meta.dtype).contiguous()
                 data = whole.view(-1).view(torch.uint8).numpy().data
                 for start in range(0, meta.num_bytes, bucket_bytes):
                     part = data[start : start + bucket_bytes]
