@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -77,6 +78,43 @@ def report(run: tyro.conf.Positional[Path]) -> None:
     print(f"wrote {write_report(run)}")
 
 
+def parity(
+    model: tyro.conf.Positional[str],
+    layout: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    against: Literal["hf", "rollout"] | None = None,
+    tolerance: float = 1e-5,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    rows: int = 6,
+    longest: int = 24,
+    seed: int = 0,
+    every: bool = False,
+) -> None:
+    """Where two ways to compute a model first differ: layer by layer forward, then backward with every weight's gradient.
+
+    Ends with status 1 if they differ.
+
+    Args:
+        model: Hugging Face folder, or a tiny random model: qwen3, qwen3_moe, llama, qwen2, deepseek_v3.
+        layout: How ranks divide the model, for example tp2.pp2.sp; twice, or once with --against (then 1, a single rank, if it is not
+            given). Axes tp, pp, vpp, cp, ep, etp, dp; sp: sequence parallelism; full, selective: recomputation; allgather: dispatcher.
+        against: Hold one layout against transformers (hf), or its log-probs against those of the embedded rollout engine (rollout).
+        tolerance: Largest relative error of a tensor, and of a log-prob in nats, that is no difference.
+        dtype: Of weights and activations. bfloat16 wants a tolerance of about 0.05.
+        rows: Responses in the random batch.
+        longest: Longest response, in tokens.
+        seed: Of the batch, and of a tiny model's weights.
+        every: Show every tensor, not only those around the first that differs.
+    """
+    from tandem.engine.parity.compare import parity as run_parity
+    from tandem.engine.parity.compare import parse_layout, report
+
+    layouts = [parse_layout(text) for text in layout or ("1",)]
+    found = run_parity(model, layouts, against=against, dtype=dtype, num_rows=rows, longest=longest, seed=seed)
+    first = {"hf": "transformers", "rollout": "the embedded rollout engine"}[against] if against is not None else layouts[0].text
+    if not report(found, tolerance=tolerance, names=(first, layouts[-1].text), every=every):
+        raise SystemExit(1)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script. Bad input ends with a message and status 2."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -85,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _train(args[1:])
             return
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "export": export, "evaluate": evaluate, "report": report},
+            {"train": train, "export": export, "evaluate": evaluate, "report": report, "parity": parity},
             prog="tandem",
             description="Reinforcement learning of long chain-of-thought models.",
             args=args,
