@@ -12,7 +12,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 
-.PHONY: help install train test test-all lint bench toy-figures report clean
+.PHONY: help install train test test-all lint bench toy-figures ablations report clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make lint                    ruff and pyright"
 	@echo "make bench                   the benchmarks, one after the other"
 	@echo "make toy-figures             the README's toy figures: six whole runs, half an hour (NPROC=2 ARGS='--seeds 0 1 2')"
+	@echo "make ablations               the paper's ablations in miniature: 24 small runs, half an hour (NPROC=2 at a time)"
 	@echo "make report RUN=runs/NAME    write the run's report.html"
 	@echo "make clean                   remove .venv and caches; runs/ stays"
 
@@ -56,10 +57,13 @@ lint: install
 	$(VENV)/bin/pyright
 
 bench: install
-	@set -e; for script in $(filter-out benchmarks/toy_%.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script; done
+	@set -e; for script in $(filter-out benchmarks/toy_%.py benchmarks/ablations%.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script; done
 
 toy-figures: install
 	$(PY) benchmarks/toy_seeds.py --nproc $(NPROC) $(ARGS)
+
+ablations: install
+	$(PY) benchmarks/ablations.py --jobs $(NPROC) $(ARGS)
 
 report: install
 	@test -n "$(RUN)" || { echo "name the run folder: make report RUN=runs/toy_cpu"; exit 2; }
