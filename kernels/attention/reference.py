@@ -2,13 +2,14 @@
 
 A mask is cut into tasks: some queries and all keys that they see, so that no softmax is split. Short sequences are one task each;
 tasks of similar size are padded into one batch of matmuls. A long sequence or a tree becomes blocks of queries, one task a block.
-Probabilities of short tasks are kept for the backward pass; those of long ones are computed again.
+Probabilities of short tasks are kept for the backward pass; those of long ones are computed again. Tasks keep their keys as ranges,
+and long masks make their batches' indices when they are used: a plan's memory grows with the tokens, not with their square.
 
 Shapes: T queries, S keys, N query heads, G key/value heads, D head width (values may have another), B tasks of a batch, Q and K
 their padded queries and keys.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 MAX_TASK_SCORES = 1 << 20
 # Largest queries x keys over all batches for which the probabilities are kept for the backward pass.
 MAX_KEPT_SCORES = 1 << 22
+# Largest number of keys over all tasks for which the batches' indices are kept.
+MAX_KEPT_KEYS = 1 << 20
 # Queries per task of a mask that is a tree.
 TREE_BLOCK = 64
 
@@ -49,52 +52,59 @@ class Batch:
     num_tasks: int
     num_queries: int  # Q
     num_keys: int  # K
-    kept: bool
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """How a mask is computed; depends on the mask only, so one plan serves all layers."""
-
-    num_queries: int
-    num_keys: int
-    batches: tuple[Batch, ...]
-    output_index_T: torch.Tensor  # int64, row of each query in the batches' outputs laid end to end
-    key_row_S: torch.Tensor | None  # int64, row of each key in the batches' keys laid end to end; None if a key is in several tasks
 
 
 @dataclass(frozen=True)
 class _Task:
     query_rows: NDArray[np.int64]  # rows of q
     query_positions: NDArray[np.int64]  # their places among the keys
-    keys: NDArray[np.int64]
+    key_ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def num_keys(self) -> int:
+        return sum(end - start for start, end in self.key_ranges)
+
+    @property
+    def keys(self) -> NDArray[np.int64]:
+        return np.concatenate([np.arange(start, end) for start, end in self.key_ranges])
 
 
-def plan_attention(visible_end_S: torch.Tensor, query_positions_T: torch.Tensor | None = None) -> AttentionPlan:
-    """Cut the mask j <= i < visible_end[j] into batches of tasks.
+@dataclass(frozen=True)
+class _Group:
+    """The tasks of one batch and their padded size."""
 
-    Args:
-        visible_end_S: [S] integer, on any device; the plan's tensors live there too.
-        query_positions_T: [T] integer, the place of each row of q among the S keys, for a rank that holds a part of the queries;
-            -1 marks a padded row, whose output is 0. Queries next to each other in a sequence should be next to each other
-            here. None: all queries in order.
-    Raises: ValueError if visible_end[j] <= j for some j, or it does not nest.
-    """
-    device = visible_end_S.device
-    visible_end = visible_end_S.cpu().numpy().astype(np.int64)
-    num_keys = len(visible_end)
-    if num_keys and (visible_end <= np.arange(num_keys)).any():
-        j = int(np.argmax(visible_end <= np.arange(num_keys)))
-        raise ValueError(f"visible_end[{j}] is {visible_end[j]}; token {j} must see itself, so it must be greater than {j}")
-    positions = np.arange(num_keys) if query_positions_T is None else query_positions_T.cpu().numpy().astype(np.int64)
-    starts = np.flatnonzero(np.diff(visible_end, prepend=-1))
-    ends = np.append(starts[1:], num_keys)
-    if bool((visible_end[starts] == ends).all()):
-        sequence_start_S = np.repeat(starts, ends - starts)
-        tasks, causal = _sequence_tasks(positions, sequence_start_S), True
-    else:
-        tasks, causal = _tree_tasks(positions, visible_end), False
-    return _plan_of(tasks, positions, visible_end, causal, device)
+    tasks: list[_Task]
+    num_queries: int
+    num_keys: int
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """How a mask is computed; depends on the mask only, so one plan serves all layers."""
+
+    groups: tuple[_Group, ...]
+    visible_end_S: NDArray[np.int64]
+    is_causal: bool  # nothing but whole sequences
+    output_index_T: torch.Tensor  # int64, row of each query in the batches' outputs laid end to end
+    key_row_S: torch.Tensor | None  # int64, row of each key in the batches' keys laid end to end; None if a key is in several tasks
+    keeps_probs: bool
+    kept_batches: tuple[Batch, ...] | None
+
+    def batches(self) -> Iterator[Batch]:
+        if self.kept_batches is not None:
+            yield from self.kept_batches
+        else:
+            for group in self.groups:
+                yield _batch(group, self.visible_end_S, self.is_causal, len(self.output_index_T), self.output_index_T.device)
+
+
+def plan_tasks(positions_T: NDArray[np.int64], visible_end_S: NDArray[np.int64], device: torch.device) -> TaskPlan:
+    """Cut a mask into batches of tasks. Queries at place -1 are left out: their output is 0."""
+    starts = np.flatnonzero(np.diff(visible_end_S, prepend=-1))
+    ends = np.append(starts[1:], len(visible_end_S))
+    is_causal = bool((visible_end_S[starts] == ends).all())
+    tasks = _sequence_tasks(positions_T, np.repeat(starts, ends - starts)) if is_causal else _tree_tasks(positions_T, visible_end_S)
+    return _plan_of(tasks, len(positions_T), visible_end_S, is_causal, device)
 
 
 def _sequence_tasks(positions: NDArray[np.int64], sequence_start_S: NDArray[np.int64]) -> list[_Task]:
@@ -113,17 +123,20 @@ def _sequence_tasks(positions: NDArray[np.int64], sequence_start_S: NDArray[np.i
         for i in range(0, length, block):
             n = min(block, length - i)
             own = np.arange(i, i + n)
-            tasks.append(_Task(row + own, position + own, np.arange(key_start, position + i + n)))
+            tasks.append(_Task(row + own, position + own, ((key_start, position + i + n),)))
     return tasks
 
 
 def _tree_tasks(positions: NDArray[np.int64], visible_end: NDArray[np.int64]) -> list[_Task]:
-    if len(positions) != len(visible_end) or (positions != np.arange(len(positions))).any():
-        raise ValueError("a mask that is a tree needs all queries in order; context parallelism takes plain sequences only")
+    """One task per block of queries, with all keys that stay visible up to its first one."""
+    rows = np.flatnonzero(positions >= 0)
+    block = max(16, min(TREE_BLOCK, MAX_TASK_SCORES // max(1, len(visible_end))))
     tasks = []
-    for start in range(0, len(positions), TREE_BLOCK):
-        own = positions[start : start + TREE_BLOCK]
-        tasks.append(_Task(own, own, np.flatnonzero(visible_end[: own[-1] + 1] > start)))
+    for i in range(0, len(rows), block):
+        own = rows[i : i + block]
+        first, last = int(positions[own[0]]), int(positions[own[-1]])
+        edges = np.flatnonzero(np.diff(visible_end[: last + 1] > first, prepend=False, append=False))
+        tasks.append(_Task(own, positions[own], tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))))
     return tasks
 
 
@@ -133,66 +146,72 @@ def _padded(length: int) -> int:
     return -(-length // step) * step
 
 
-def _plan_of(
-    tasks: Sequence[_Task], positions: NDArray[np.int64], visible_end: NDArray[np.int64], causal: bool, device: torch.device
-) -> AttentionPlan:
-    num_queries, num_keys = len(positions), len(visible_end)
+def _plan_of(tasks: Sequence[_Task], num_queries: int, visible_end: NDArray[np.int64], is_causal: bool, device: torch.device) -> TaskPlan:
     by_size: dict[tuple[int, int], list[_Task]] = {}
     for task in tasks:
-        by_size.setdefault((_padded(len(task.query_rows)), _padded(len(task.keys))), []).append(task)
-    total = sum(q * k * len(members) for (q, k), members in by_size.items())
-    kept = total <= MAX_KEPT_SCORES
-    batches, num_outputs, num_key_rows = [], 0, 0
+        by_size.setdefault((_padded(len(task.query_rows)), _padded(task.num_keys)), []).append(task)
+    groups, num_outputs, num_key_rows = [], 0, 0
     output_index = np.full(num_queries, -1, dtype=np.int64)
-    key_row, key_uses = np.zeros(num_keys, dtype=np.int64), np.zeros(num_keys, dtype=np.int64)
+    key_row, key_uses = np.zeros(len(visible_end), dtype=np.int64), np.zeros(len(visible_end), dtype=np.int64)
     # Largest first: what follows fits into the memory that was freed, where growing sizes would each take more from the system.
     for (padded_q, padded_k), members in sorted(by_size.items(), key=lambda item: -item[0][0] * item[0][1]):
         size = max(1, MAX_TASK_SCORES // (padded_q * padded_k))
         for i in range(0, len(members), size):
-            part = members[i : i + size]
-            query_index = np.full((len(part), padded_q), num_queries, dtype=np.int64)
-            key_index = np.full((len(part), padded_k), num_keys, dtype=np.int64)
-            query_place = np.full((len(part), padded_q), -1, dtype=np.int32)
-            key_end = np.zeros((len(part), padded_k), dtype=np.int32)
-            whole = causal and all(len(task.keys) == len(task.query_rows) for task in part) and padded_q == padded_k
-            for b, task in enumerate(part):
-                nq, nk = len(task.query_rows), len(task.keys)
-                query_index[b, :nq], key_index[b, :nk] = task.query_rows, task.keys
-                output_index[task.query_rows] = num_outputs + b * padded_q + np.arange(nq)
-                key_row[task.keys] = num_key_rows + b * padded_k + np.arange(nk)
-                key_uses[task.keys] += 1
-                query_place[b, :nq], key_end[b, :nk] = task.query_positions, visible_end[task.keys]
-            num_outputs += query_index.size
-            num_key_rows += key_index.size
-            if whole:
-                above = torch.ones((1, padded_q, padded_q), dtype=torch.bool, device=device).triu(1)
-                mask = CausalMask(torch.zeros(above.shape, device=device).masked_fill_(above, float("-inf")))
-            else:
-                places = (query_place, key_index.astype(np.int32), key_end)
-                mask = IntervalMask(*(torch.from_numpy(x).to(device) for x in places))
-            batches.append(
-                Batch(
-                    query_index=torch.from_numpy(query_index).flatten().to(device),
-                    key_index=torch.from_numpy(key_index).flatten().to(device),
-                    visible_BQK=mask,
-                    num_tasks=len(part),
-                    num_queries=padded_q,
-                    num_keys=padded_k,
-                    kept=kept,
-                )
-            )
+            group = _Group(members[i : i + size], padded_q, padded_k)
+            for b, task in enumerate(group.tasks):
+                output_index[task.query_rows] = num_outputs + b * padded_q + np.arange(len(task.query_rows))
+                row = num_key_rows + b * padded_k
+                for start, end in task.key_ranges:
+                    key_row[start:end] = np.arange(row, row + end - start)
+                    key_uses[start:end] += 1
+                    row += end - start
+            num_outputs += len(group.tasks) * padded_q
+            num_key_rows += len(group.tasks) * padded_k
+            groups.append(group)
     output_index[output_index < 0] = num_outputs
-    return AttentionPlan(
-        num_queries=num_queries,
-        num_keys=num_keys,
-        batches=tuple(batches),
+    kept_batches = None
+    if sum(len(group.tasks) * group.num_keys for group in groups) <= MAX_KEPT_KEYS:
+        kept_batches = tuple(_batch(group, visible_end, is_causal, num_queries, device) for group in groups)
+    return TaskPlan(
+        groups=tuple(groups),
+        visible_end_S=visible_end,
+        is_causal=is_causal,
         output_index_T=torch.from_numpy(output_index).to(device),
         key_row_S=torch.from_numpy(key_row).to(device) if (key_uses == 1).all() else None,
+        keeps_probs=sum(len(group.tasks) * group.num_queries * group.num_keys for group in groups) <= MAX_KEPT_SCORES,
+        kept_batches=kept_batches,
+    )
+
+
+def _batch(group: _Group, visible_end: NDArray[np.int64], is_causal: bool, num_queries: int, device: torch.device) -> Batch:
+    num_tasks, padded_q, padded_k = len(group.tasks), group.num_queries, group.num_keys
+    query_index = np.full((num_tasks, padded_q), num_queries, dtype=np.int64)
+    key_index = np.full((num_tasks, padded_k), len(visible_end), dtype=np.int64)
+    query_place = np.full((num_tasks, padded_q), -1, dtype=np.int32)
+    key_end = np.zeros((num_tasks, padded_k), dtype=np.int32)
+    for b, task in enumerate(group.tasks):
+        nq, keys = len(task.query_rows), task.keys
+        query_index[b, :nq], key_index[b, : len(keys)] = task.query_rows, keys
+        query_place[b, :nq], key_end[b, : len(keys)] = task.query_positions, visible_end[keys]
+    if is_causal and padded_q == padded_k and all(task.num_keys == len(task.query_rows) for task in group.tasks):
+        above = torch.ones((1, padded_q, padded_q), dtype=torch.bool, device=device).triu(1)
+        mask = CausalMask(torch.zeros(above.shape, device=device).masked_fill_(above, float("-inf")))
+    else:
+        mask = IntervalMask(*(torch.from_numpy(x).to(device) for x in (query_place, key_index.astype(np.int32), key_end)))
+    return Batch(
+        query_index=torch.from_numpy(query_index).flatten().to(device),
+        key_index=torch.from_numpy(key_index).flatten().to(device),
+        visible_BQK=mask,
+        num_tasks=num_tasks,
+        num_queries=padded_q,
+        num_keys=padded_k,
     )
 
 
 def _with_zero_row(x: torch.Tensor) -> torch.Tensor:
-    return torch.cat([x.float(), x.new_zeros((1, *x.shape[1:]), dtype=torch.float32)])
+    """In fp32, or fp64 as it is, with one more row."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return torch.cat([x, x.new_zeros((1, *x.shape[1:]))])
 
 
 def _queries(x_TND: torch.Tensor, batch: Batch, num_groups: int) -> torch.Tensor:
@@ -228,54 +247,63 @@ def _bias(batch: Batch) -> torch.Tensor:
     return torch.zeros(hidden_BQK.shape, device=hidden_BQK.device).masked_fill_(hidden_BQK, float("-inf"))
 
 
-def _probabilities(q: torch.Tensor, k: torch.Tensor, batch: Batch, num_groups: int, scale: float) -> torch.Tensor:
+def _scores(q: torch.Tensor, k: torch.Tensor, batch: Batch, num_groups: int, scale: float) -> torch.Tensor:
     """[B * G, Q * N/G, K]"""
     bias = _bias(batch)
     num_tasks, num_queries, num_keys = bias.shape
     heads_per_group = q.shape[1] // num_queries
     bias = bias[:, None, :, None].expand(num_tasks, num_groups if num_tasks > 1 else 1, num_queries, heads_per_group, num_keys)
     # Scaled after the product, as rollout engines do: with the scale folded into it the last bits of their log-probs differ.
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale).add_(bias.reshape(-1, q.shape[1], num_keys))
-    return torch.softmax(scores, dim=-1)
+    return torch.bmm(q, k.transpose(1, 2)).mul_(scale).add_(bias.reshape(-1, q.shape[1], num_keys))
 
 
 def attention_forward(
-    q_TND: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, plan: AttentionPlan, scale: float, *, keep: bool
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The output, and the probabilities that the backward pass takes over (none unless `keep`)."""
+    q_TND: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, plan: TaskPlan, scale: float, *, keep: bool, with_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
+    """The output, the log-sum-exp [N, T] in nats if asked for, and the probabilities that the backward pass takes over."""
     num_groups = k_SGD.shape[1]
     q1, k1, v1 = _with_zero_row(q_TND), _with_zero_row(k_SGD), _with_zero_row(v_SGD)
-    outputs, kept = [], []
-    for batch in plan.batches:
-        k = _keys(k1, batch)
-        probs = _probabilities(_queries(q1, batch, num_groups), k, batch, num_groups, scale)
+    outputs, lses, kept = [], [], []
+    for batch in plan.batches():
+        scores = _scores(_queries(q1, batch, num_groups), _keys(k1, batch), batch, num_groups, scale)
+        if with_lse:
+            lses.append(_rows(scores.logsumexp(-1)[:, :, None], batch, num_groups, batch.num_queries))
+        probs = torch.softmax(scores, dim=-1)
         outputs.append(_rows(torch.bmm(probs, _keys(v1, batch)), batch, num_groups, batch.num_queries))
-        if keep and batch.kept:
+        if keep and plan.keeps_probs:
             kept.append(probs)
     outputs.append(q1.new_zeros((1, q1.shape[1], v1.shape[2])))
-    return torch.cat(outputs).index_select(0, plan.output_index_T).to(q_TND.dtype), kept
+    out_TND = torch.cat(outputs).index_select(0, plan.output_index_T).to(q_TND.dtype)
+    if not with_lse:
+        return out_TND, None, kept
+    lses.append(q1.new_full((1, q1.shape[1], 1), -torch.inf))
+    return out_TND, torch.cat(lses).index_select(0, plan.output_index_T)[:, :, 0].T.contiguous(), kept
 
 
 def attention_backward(
     grad_TND: torch.Tensor,
+    grad_lse_NT: torch.Tensor | None,
     q_TND: torch.Tensor,
     k_SGD: torch.Tensor,
     v_SGD: torch.Tensor,
     kept_probs: Sequence[torch.Tensor],
-    plan: AttentionPlan,
+    plan: TaskPlan,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, each in its own dtype."""
+    """Gradients of q, k and v, each in its own dtype. `kept_probs`: those that the forward pass kept by this plan, or none."""
     num_groups = k_SGD.shape[1]
     q1, k1, v1, g1 = (_with_zero_row(x) for x in (q_TND, k_SGD, v_SGD, grad_TND))
+    lse1 = None if grad_lse_NT is None else _with_zero_row(grad_lse_NT.T[:, :, None])
     dq_parts, dk_parts, dv_parts = [], [], []
     dk_sum, dv_sum = torch.zeros_like(k1), torch.zeros_like(v1)
-    for i, batch in enumerate(plan.batches):
+    for i, batch in enumerate(plan.batches()):
         q, k, v, g = _queries(q1, batch, num_groups), _keys(k1, batch), _keys(v1, batch), _queries(g1, batch, num_groups)
-        probs = kept_probs[i] if batch.kept else _probabilities(q, k, batch, num_groups, scale)
+        probs = kept_probs[i] if kept_probs else torch.softmax(_scores(q, k, batch, num_groups, scale), dim=-1)
         num_queries, num_keys = batch.num_queries, batch.num_keys
         dv = _rows(torch.bmm(probs.transpose(1, 2), g), batch, num_groups, num_keys)
-        dscores = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), probs, -1, torch.float32)
+        dscores = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), probs, -1, probs.dtype)
+        if lse1 is not None:
+            dscores.addcmul_(probs, _queries(lse1, batch, num_groups))
         dq_parts.append(_rows(torch.bmm(dscores, k), batch, num_groups, num_queries))
         dk = _rows(torch.bmm(dscores.transpose(1, 2), q), batch, num_groups, num_keys)
         if plan.key_row_S is None:
