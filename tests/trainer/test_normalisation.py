@@ -19,11 +19,10 @@ from tandem.engine.trainer import loss as losses
 from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh
 from tests.ranks import run_ranks
-from tests.trainer.compare import Part, gather_gradients, load, objectives_of, relative_errors, squared_errors
+from tests.trainer.compare import TOLERANCE, Part, gather_gradients, load, objectives_of, relative_errors, squared_errors
 from tests.trainer.families import VOCAB
 from tests.trainer.reference import CROSS_ENTROPY, LOSSES, TEMPERATURE, Reference, make_reference
 
-TOLERANCE = 1e-5
 SOME_LOSSES = (CROSS_ENTROPY, "mirror descent, stale tokens corrected", "grpo", "ppo_clip")
 AUX_LOSS_COEF = 0.5  # large, so that its gradient is a good part of the whole
 
