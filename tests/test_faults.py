@@ -87,6 +87,15 @@ def stop_in(launched: Launched, rank: int, moment: str, delay_s: float, num_pass
     return False
 
 
+def kill_once_saved(launched: Launched, checkpoint: Path) -> None:
+    """Kill rank 0 as soon as this checkpoint is whole: it is written while the run goes on."""
+    deadline = time.monotonic() + LAUNCH_S
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    launched.signal(0, signal.SIGKILL)
+    launched.wait(END_S)
+
+
 def kill_and_resume(run_dir: Path, folder: Path, *, seed: int, kills: dict[str, int]) -> dict[str, int]:
     """Kill a rank so many times in each phase, launching the run again after each, then let it end. Returns the kills of each phase."""
     generator = random.Random(seed)
@@ -251,10 +260,8 @@ def test_a_flipped_bit_in_the_newest_checkpoint_goes_back_to_the_one_before(
     run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
     launched = Launched(faulty_run(run_dir), tmp_path / "killed")
-    assert stop_in(launched, 0, "train", 0.0, num_passed=2)
-    launched.signal(0, signal.SIGKILL)
-    launched.wait(END_S)
     newest = run_dir / "checkpoints" / "step_00000002"
+    kill_once_saved(launched, newest)
     file = max((newest / "state").glob("*.distcp"), key=lambda file: file.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -308,11 +315,9 @@ def test_a_rank_that_hangs_ends_the_run_with_its_name_and_the_run_goes_on(
 def test_a_corrupt_buffer_row_names_the_iteration_to_go_back_to(run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     """A group that waits across a checkpoint is damaged: the run says so, and from an earlier checkpoint it makes the group again."""
     launched = Launched(faulty_run(run_dir), tmp_path / "killed")
-    assert stop_in(launched, 0, "swap", 0.0, num_passed=2)
-    launched.signal(0, signal.SIGKILL)
-    launched.wait(END_S)
+    kill_once_saved(launched, run_dir / "checkpoints" / "step_00000002")
     database = sqlite3.connect(run_dir / "replay" / "rank_0.sqlite")
-    query = "SELECT row_id, payload FROM groups WHERE kind = 'partial' AND created = 1 AND ifnull(consumed, 2) >= 2"
+    query = "SELECT row_id, payload FROM groups WHERE created = 1 AND ifnull(consumed, 2) >= 2"
     row_id, payload = database.execute(query).fetchone()
     database.execute("UPDATE groups SET payload = ? WHERE row_id = ?", (payload[:-1] + bytes([payload[-1] ^ 1]), row_id))
     database.commit()
