@@ -111,7 +111,7 @@ def decode_steps(num_tokens: Sequence[int], max_batch: int) -> int:
 
 
 class MeasuredEngine(EmbeddedEngine):
-    """Writes down what each rollout phase costs the engine, in measures that other work on the machine does not disturb."""
+    """Writes down what each rollout phase costs the engine, in decode steps and CPU seconds."""
 
     def __init__(self, *args: Any, log_path: Path, **kwargs: Any) -> None:
         super().__init__(*args, log_path=log_path, **kwargs)

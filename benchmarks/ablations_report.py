@@ -98,6 +98,12 @@ def at_tokens(run: ArmRun, tokens: float) -> float:
     return float(np.interp(tokens, run.tokens, run.pass_at_1))
 
 
+def at_equal_tokens(of: dict[str, list[ArmRun]], arm: str) -> str:
+    """The difference to full rollouts when the run that generates least ends."""
+    least = min(run.tokens[-1] for runs in (of["base"], of[arm]) for run in runs)
+    return difference(of, arm, lambda run: at_tokens(run, least))
+
+
 def draw(of: dict[str, list[ArmRun]], arms: Sequence[str], to: Path, *, by_tokens: bool = False, labels: Sequence[str] = ()) -> None:
     """pass@1 and response length, the seeds thin and their mean thick."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a94a3"})
@@ -200,9 +206,10 @@ Weight 0.5, from iteration 0 or from iteration {base.steps // 2} (reached over 4
 ![partial against full rollouts](ablation_partial.png)
 
 Full: a phase ends when the last of {sampling.groups_in_flight} groups is complete. Partial: 48 groups are in flight, a phase ends after
-7,500 tokens, and what is unfinished goes on in the next. {base.rollout.max_batch} rows decode at a time. Decode steps and the engine's
-own CPU seconds do not depend on what else the machine does; wall-clock time is given against that of the evaluations of the same run,
-which other work disturbs alike. The horizontal axis is generated tokens.
+7,500 tokens, and what is unfinished goes on in the next. {base.rollout.max_batch} rows decode at a time. Decode steps are counted, and
+are what a GPU's time goes by; on a CPU a step with fewer rows is cheaper. The engine's CPU seconds and the wall-clock time, given
+against that of the same run's evaluations, depend on what else the machine does. The horizontal axis is generated tokens.
+Partial minus full after equal tokens: stale tokens masked {at_equal_tokens(of, "partial")}; trained {at_equal_tokens(of, "partial_train")}.
 
 {partial_table(of)}
 """
