@@ -51,12 +51,12 @@ def tiny_model(
     if kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**sizes | changes))
     elif kind == "deepseek_v3":
-        latents: dict[str, Any] = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
-        latents |= {"num_key_value_heads": changes.get("num_attention_heads", sizes["num_attention_heads"])}
-        experts = {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 40}
-        model = DeepseekV3ForCausalLM(
-            DeepseekV3Config(**{**sizes, "head_dim": 8} | latents | experts | {"first_k_dense_replace": 1} | changes)
-        )
+        fields: dict[str, Any] = {"head_dim": 8, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
+        fields |= {"v_head_dim": 12, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+        fields |= {"moe_intermediate_size": 40, "first_k_dense_replace": 1}
+        fields["num_key_value_heads"] = changes.get("num_attention_heads", sizes["num_attention_heads"])
+        fields = sizes | fields | changes
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**fields))
     else:
         experts: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
         experts["mlp_only_layers"] = [1]

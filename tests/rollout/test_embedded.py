@@ -269,10 +269,10 @@ os.kill(os.getpid(), 9)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is gpt2"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "rope_type is longrope"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "rope_type is 'longrope'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ],
 )
