@@ -204,6 +204,15 @@ RUN_RULES: tuple[Rule[RunCase], ...] = (
     ),
     _ignored("moe_aux_loss_coef", "trainer", off=0.0, needs="a model with experts", met=lambda case: case.architecture.num_experts > 0),
     _ignored("replay_routing", "trainer", off=False, needs="a model with experts", met=lambda case: case.architecture.num_experts > 0),
+    _ignored("record_routing", "rollout", off=False, needs="a model with experts", met=lambda case: case.architecture.num_experts > 0),
+    Rule(
+        fields=("trainer.replay_routing", "rollout.record_routing"),
+        holds=lambda case: (
+            not case.config.trainer.replay_routing or not case.architecture.num_experts or case.config.rollout.record_routing
+        ),
+        problem=lambda case: "trainer.replay_routing is True; rollout.record_routing is False, so there is nothing to replay",
+        fixes=lambda case: [{"rollout.record_routing": True}, {"trainer.replay_routing": False}],
+    ),
     _ignored(
         "moe_bias_update_rate",
         "trainer",

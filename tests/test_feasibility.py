@@ -206,7 +206,17 @@ FAILING: dict[str, tuple[RunCase, str, RunCase]] = {
     "routing of a dense model": (
         case({"trainer.replay_routing": True}),
         "trainer.replay_routing is True; it needs a model with experts",
+        case({"trainer.replay_routing": True, "rollout.record_routing": True}, model="experts"),
+    ),
+    "recording of a dense model": (
+        case({"rollout.record_routing": True}),
+        "rollout.record_routing is True; it needs a model with experts; set rollout.record_routing=False",
+        case({"rollout.record_routing": True}, model="experts"),
+    ),
+    "replay of nothing": (
         case({"trainer.replay_routing": True}, model="experts"),
+        "rollout.record_routing is False, so there is nothing to replay; set rollout.record_routing=True, or set trainer.replay_routing=False",
+        case({"rollout.record_routing": True}, model="experts"),
     ),
     "expert bias that the model lacks": (
         case({"trainer.moe_bias_update_rate": 0.001}, model="experts"),
