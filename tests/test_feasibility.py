@@ -215,7 +215,7 @@ FAILING: dict[str, tuple[RunCase, str, RunCase]] = {
     ),
     "replay of nothing": (
         case({"trainer.replay_routing": True}, model="experts"),
-        "rollout.record_routing is False, so there is nothing to replay; set rollout.record_routing=True, or set trainer.replay_routing=False",
+        "so there is nothing to replay; set rollout.record_routing=True, or set trainer.replay_routing=False",
         case({"rollout.record_routing": True}, model="experts"),
     ),
     "expert bias that the model lacks": (
