@@ -1,6 +1,7 @@
-"""Linear log-prob in plain torch, a slab of tokens at a time.
+"""Linear log-prob in plain torch, a block of logits at a time, and what all implementations share: merging and the rank's targets.
 
-Shapes: T tokens, H hidden width, V this rank's part of the vocabulary, P ranks of the group that splits it.
+Shapes: T tokens, H hidden width, V this rank's part of the vocabulary, N parts of the vocabulary that are merged, P ranks that split it.
+Products and sums are in fp32, or fp64 for fp64 operands.
 """
 
 from collections.abc import Iterator
@@ -8,20 +9,43 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-# Logits that exist at a time (16 MiB of fp32).
-SLAB_LOGITS = 1 << 22
+# Logits that exist at a time and columns among them. On a CPU 4 MiB of fp32, which its caches hold: with whole rows of 32k columns the
+# forward pass takes a fifth longer. On a GPU 256 MiB, so that a product fills it.
+BLOCK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
+BLOCK_COLUMNS = {"cpu": 2048, "cuda": 8192}
+# Logits of whole rows that exist at a time where the gradient is computed in the forward pass.
+ROW_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
-def _slabs(num_tokens: int, vocab_size: int) -> Iterator[slice]:
-    step = max(1, SLAB_LOGITS // vocab_size)
-    return (slice(i, min(i + step, num_tokens)) for i in range(0, num_tokens, step))
+def local_targets(targets_T: torch.Tensor, vocab_size: int, tp_group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Column of each target on this rank; outside of [0, V) if it is on another."""
+    return targets_T - tp_group.rank() * vocab_size if tp_group is not None else targets_T
 
 
-def _local_targets(targets_T: torch.Tensor, vocab_size: int, tp_group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column of each target on this rank (0 if it is elsewhere), and whether it is here."""
-    local_T = targets_T - (tp_group.rank() * vocab_size if tp_group is not None else 0)
-    here_T = (local_T >= 0) & (local_T < vocab_size)
-    return torch.where(here_T, local_T, 0), here_T
+def merge(stats_N4T: torch.Tensor) -> torch.Tensor:
+    """[4, T] of the union of N disjoint parts of the vocabulary, in their order.
+
+    Per token: maximum of z, sum of exp(z - max), sum of exp(z - max) (z - max), z of the target or -inf where it is in another part.
+    """
+    if len(stats_N4T) == 1:
+        return stats_N4T[0]
+    max_T = stats_N4T[:, 0].amax(0)
+    shift_NT = stats_N4T[:, 0] - max_T
+    weight_NT = shift_NT.exp()
+    weighted_NT = weight_NT * (stats_N4T[:, 2] + shift_NT * stats_N4T[:, 1])
+    return torch.stack([max_T, (stats_N4T[:, 1] * weight_NT).sum(0), weighted_NT.sum(0), stats_N4T[:, 3].amax(0)])
+
+
+def finish(stats_4T: torch.Tensor, tp_group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprobs_T, entropy_T, lse_T) of the whole vocabulary. One all-gather, merged in rank order: the same bits on all ranks."""
+    if tp_group is not None:
+        stats_P4T = stats_4T.new_empty((tp_group.size(), *stats_4T.shape))
+        dist.all_gather_into_tensor(stats_P4T.flatten(0, 1), stats_4T.contiguous(), group=tp_group)
+        stats_4T = merge(stats_P4T)
+    max_T, sum_T, weighted_T, target_T = stats_4T
+    log_sum_T = sum_T.log()
+    # (z - max) - log sum, not z - lse: at large z the difference of large numbers would lose digits
+    return target_T - max_T - log_sum_T, log_sum_T - weighted_T / sum_T, max_T + log_sum_T
 
 
 def logprob_forward(
@@ -31,33 +55,17 @@ def logprob_forward(
     temperature_T: torch.Tensor,
     tp_group: dist.ProcessGroup | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logprobs_T, entropy_T, lse_T), fp32."""
+    """(logprobs_T, entropy_T, lse_T)."""
     num_tokens, vocab_size = hidden_TH.shape[0], weight_VH.shape[0]
-    local_T, here_T = _local_targets(targets_T, vocab_size, tp_group)
-    # Per token: maximum, sum of exp(z - max), sum of exp(z - max) (z - max), z of the target. Merged over ranks in rank order.
-    stats_4T = hidden_TH.new_empty((4, num_tokens), dtype=torch.float32)
-    for slab in _slabs(num_tokens, vocab_size):
-        logits_TV = (hidden_TH[slab] @ weight_VH.T).float().div_(temperature_T[slab, None])
-        target_T = logits_TV.gather(1, local_T[slab, None])[:, 0]
-        max_T = logits_TV.amax(1)
-        logits_TV.sub_(max_T[:, None])
-        exp_TV = logits_TV.exp()
-        stats_4T[0, slab], stats_4T[1, slab] = max_T, exp_TV.sum(1)
-        stats_4T[2, slab] = exp_TV.mul_(logits_TV).sum(1)
-        stats_4T[3, slab] = torch.where(here_T[slab], target_T, 0.0)
-    if tp_group is not None:
-        stats_P4T = stats_4T.new_empty((tp_group.size(), 4, num_tokens))
-        dist.all_gather_into_tensor(stats_P4T.flatten(0, 1), stats_4T, group=tp_group)
-        max_T = stats_P4T[:, 0].amax(0)
-        shift_PT = stats_P4T[:, 0] - max_T
-        weight_PT = shift_PT.exp()
-        sum_T = (stats_P4T[:, 1] * weight_PT).sum(0)
-        weighted_T = (weight_PT * (stats_P4T[:, 2] + shift_PT * stats_P4T[:, 1])).sum(0)
-        target_T = stats_P4T[:, 3].sum(0)
-    else:
-        max_T, sum_T, weighted_T, target_T = stats_4T
-    log_sum_T = sum_T.log()
-    return target_T - max_T - log_sum_T, log_sum_T - weighted_T / sum_T, max_T + log_sum_T
+    local_T = local_targets(targets_T, vocab_size, tp_group)
+    parts = list(_column_blocks(hidden_TH, vocab_size))
+    stats_N4T = temperature_T.new_empty((len(parts), 4, num_tokens))
+    for stats_4T, columns in zip(stats_N4T, parts, strict=True):
+        weight_vH = weight_VH[columns].to(temperature_T.dtype)
+        for rows in _row_blocks(hidden_TH, len(weight_vH)):
+            logits_tv = _scaled(hidden_TH, temperature_T, rows) @ weight_vH.T
+            stats_4T[:, rows] = _stats(logits_tv, local_T[rows] - columns.start)
+    return finish(merge(stats_N4T), tp_group)
 
 
 def logprob_backward(
@@ -71,32 +79,104 @@ def logprob_backward(
     entropy_T: torch.Tensor,
     tp_group: dist.ProcessGroup | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of hidden and weight: dz = (g_logprob (1[target] - p) - g_entropy p (log p + entropy)) / temperature."""
-    num_tokens, vocab_size = hidden_TH.shape[0], weight_VH.shape[0]
-    local_T, here_T = _local_targets(targets_T, vocab_size, tp_group)
-    grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
-    grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
-    for slab in _slabs(num_tokens, vocab_size) if grad_logprobs_T is not None or grad_entropy_T is not None else ():
-        logp_TV = (hidden_TH[slab] @ weight_VH.T).float().div_(temperature_T[slab, None]).sub_(lse_T[slab, None])
-        p_TV = logp_TV.exp()
-        if grad_entropy_T is None:
-            dz_TV = p_TV
-            factor_T = torch.zeros_like(lse_T[slab]) if grad_logprobs_T is None else grad_logprobs_T[slab]
-            dz_TV.mul_(-factor_T[:, None])
-        else:
-            factor_TV = logp_TV.add_(entropy_T[slab, None]).mul_(grad_entropy_T[slab, None])
-            if grad_logprobs_T is not None:
-                factor_TV.add_(grad_logprobs_T[slab, None])
-            dz_TV = p_TV.mul_(factor_TV).neg_()
-        if grad_logprobs_T is not None:
-            dz_TV.scatter_add_(1, local_T[slab, None], torch.where(here_T[slab], grad_logprobs_T[slab], 0.0)[:, None])
-        dz_TV.div_(temperature_T[slab, None])
-        dz_TV = dz_TV.to(weight_VH.dtype)
-        grad_hidden_TH[slab] = (dz_TV @ weight_VH).float()
-        if weight_VH.dtype == torch.float32:
-            grad_weight_VH.addmm_(dz_TV.T, hidden_TH[slab])
-        else:
-            grad_weight_VH += (dz_TV.T @ hidden_TH[slab]).float()
+    """Gradients of hidden and weight: dz = (g_logprob (1[target] - p) - g_entropy p (log p + entropy)) / temperature.
+
+    The factors that a row has in common are left to its hidden vector and its gradient: H numbers a token instead of V.
+    """
+    vocab_size = weight_VH.shape[0]
+    local_T = local_targets(targets_T, vocab_size, tp_group)
+    g_T = torch.zeros_like(lse_T) if grad_logprobs_T is None else grad_logprobs_T
+    scale_T = -temperature_T.reciprocal() if grad_entropy_T is not None else -g_T / temperature_T
+    grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=lse_T.dtype)
+    grad_weight_VH = torch.empty_like(weight_VH)
+    for columns in _column_blocks(hidden_TH, vocab_size):
+        weight_vH = weight_VH[columns].to(lse_T.dtype)
+        grad_weight_vH = torch.zeros_like(weight_vH)
+        for rows in _row_blocks(hidden_TH, len(weight_vH)):
+            logp_tv = torch.addmm(lse_T[rows, None], _scaled(hidden_TH, temperature_T, rows), weight_vH.T, beta=-1)
+            if grad_entropy_T is None:
+                dz_tv = logp_tv.exp_()
+                at_target_t = torch.ones_like(lse_T[rows])
+            else:
+                p_tv = logp_tv.exp()
+                factor_tv = logp_tv.add_(entropy_T[rows, None]).mul_(grad_entropy_T[rows, None]).add_(g_T[rows, None])
+                dz_tv = p_tv.mul_(factor_tv)
+                at_target_t = g_T[rows]
+            _subtract_at(dz_tv, local_T[rows] - columns.start, at_target_t)
+            grad_hidden_TH[rows].addmm_(dz_tv, weight_vH)
+            grad_weight_vH.addmm_(dz_tv.T, hidden_TH[rows] * scale_T[rows, None])
+        grad_weight_VH[columns] = grad_weight_vH
+    grad_hidden_TH *= scale_T[:, None]
     if tp_group is not None:
         dist.all_reduce(grad_hidden_TH, group=tp_group)
-    return grad_hidden_TH.to(hidden_TH.dtype), grad_weight_VH.to(weight_VH.dtype)
+    return grad_hidden_TH.to(hidden_TH.dtype), grad_weight_VH
+
+
+def logprob_with_gradient(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_T: torch.Tensor,
+    temperature_T: torch.Tensor,
+    coefficients_T: torch.Tensor,
+    tp_group: dist.ProcessGroup | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprobs_T, entropy_T) and the gradients of sum(coefficients_T * logprobs_T); whole rows of logits are kept instead of recomputed.
+
+    With a tp_group there is one all-gather for each block of rows.
+    """
+    vocab_size = weight_VH.shape[0]
+    local_T = local_targets(targets_T, vocab_size, tp_group)
+    weight_wide_VH = weight_VH.to(temperature_T.dtype)
+    grad_weight_VH = torch.zeros_like(weight_wide_VH)
+    grad_hidden_TH = torch.empty_like(hidden_TH, dtype=temperature_T.dtype)
+    logprobs_T, entropy_T = torch.empty_like(temperature_T), torch.empty_like(temperature_T)
+    scale_T = -coefficients_T / temperature_T
+    for rows in _whole_rows(hidden_TH, vocab_size):
+        logits_tV = _scaled(hidden_TH, temperature_T, rows) @ weight_wide_VH.T
+        kept_tV = logits_tV.clone()
+        logprobs_T[rows], entropy_T[rows], lse_t = finish(_stats(logits_tV, local_T[rows]), tp_group)
+        dz_tV = kept_tV.sub_(lse_t[:, None]).exp_()
+        _subtract_at(dz_tV, local_T[rows], torch.ones_like(lse_t))
+        grad_hidden_TH[rows] = (dz_tV @ weight_wide_VH).mul_(scale_T[rows, None])
+        grad_weight_VH.addmm_(dz_tV.T, hidden_TH[rows] * scale_T[rows, None])
+    if tp_group is not None:
+        dist.all_reduce(grad_hidden_TH, group=tp_group)
+    return logprobs_T, entropy_T, grad_hidden_TH.to(hidden_TH.dtype), grad_weight_VH.to(weight_VH.dtype)
+
+
+def _column_blocks(hidden_TH: torch.Tensor, vocab_size: int) -> Iterator[slice]:
+    return _slices(vocab_size, BLOCK_COLUMNS["cuda" if hidden_TH.is_cuda else "cpu"])
+
+
+def _row_blocks(hidden_TH: torch.Tensor, num_columns: int) -> Iterator[slice]:
+    return _slices(hidden_TH.shape[0], BLOCK_LOGITS["cuda" if hidden_TH.is_cuda else "cpu"] // num_columns)
+
+
+def _whole_rows(hidden_TH: torch.Tensor, vocab_size: int) -> Iterator[slice]:
+    return _slices(hidden_TH.shape[0], ROW_LOGITS["cuda" if hidden_TH.is_cuda else "cpu"] // vocab_size)
+
+
+def _slices(total: int, step: int) -> Iterator[slice]:
+    step = max(1, step)
+    return (slice(start, min(start + step, total)) for start in range(0, total, step))
+
+
+def _scaled(hidden_TH: torch.Tensor, temperature_T: torch.Tensor, rows: slice) -> torch.Tensor:
+    """The rows over their temperatures, in the dtype of those: what the weight multiplies to give logits."""
+    return hidden_TH[rows] / temperature_T[rows, None]
+
+
+def _stats(logits_tv: torch.Tensor, targets_t: torch.Tensor) -> torch.Tensor:
+    """[4, t] of one part of the vocabulary, as `merge` wants them; overwrites the logits."""
+    here_t = (targets_t >= 0) & (targets_t < logits_tv.shape[1])
+    target_t = logits_tv.gather(1, torch.where(here_t, targets_t, 0)[:, None])[:, 0].where(here_t, -torch.inf)
+    max_t = logits_tv.amax(1)
+    exp_tv = logits_tv.sub_(max_t[:, None]).exp()
+    sum_t = exp_tv.sum(1)
+    return torch.stack([max_t, sum_t, exp_tv.mul_(logits_tv).sum(1), target_t])
+
+
+def _subtract_at(values_tv: torch.Tensor, targets_t: torch.Tensor, amounts_t: torch.Tensor) -> None:
+    """Subtract from each row at its target, where that is among its columns."""
+    here_t = (targets_t >= 0) & (targets_t < values_tv.shape[1])
+    values_tv.scatter_add_(1, torch.where(here_t, targets_t, 0)[:, None], torch.where(here_t, -amounts_t, 0.0)[:, None])
