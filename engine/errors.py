@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from tandem.engine.types import CheckpointError
-
 # What rank 0 gets to print an error that all ranks have, and to end; torchrun then ends the others in a fraction of a second.
 RANK_0_FIRST_S = 5.0
 
@@ -38,7 +36,11 @@ def clear_errors(rank: int = 0) -> Iterator[None]:
     """
     try:
         yield
-    except (RunEnded, CheckpointError) as error:
+    except RuntimeError as error:
+        from tandem.engine.types import CheckpointError  # here: it brings torch, which takes seconds, and help needs none
+
+        if not isinstance(error, RunEnded | CheckpointError):
+            raise
         fail(str(error), status=1)
     except (ValueError, FileNotFoundError) as error:
         if not _raised_by_us(error):
