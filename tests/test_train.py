@@ -36,6 +36,7 @@ from tandem.engine.config import (
     SFTStage,
     TrainerConfig,
 )
+from tandem.engine.evaluate import evaluate_model
 from tandem.engine.log import read_metrics
 from tandem.engine.recipes.registry import parse_recipe
 from tandem.engine.report import write_report
@@ -203,13 +204,64 @@ def test_responses_cut_by_the_budget_are_finished_in_later_iterations(run_dir: P
     assert all(line["train/logprob_diff_mean"] < 1e-6 for line in steps)  # of fresh tokens only
 
 
-@pytest.mark.parametrize("variant", ["grpo", "ppo_clip", "gspo", "rest"])
-def test_every_loss_variant_trains(run_dir: Path, variant: Any) -> None:
-    loss = LossConfig(variant=variant, scale=0.1)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"variant": "grpo"},
+        {"variant": "ppo_clip"},
+        {"variant": "gspo"},
+        {"variant": "rest"},
+        {"variant": "token_level"},
+        {"baseline": "log_mean_exp"},
+    ],
+    ids=lambda changes: next(iter(changes.values())),
+)
+def test_every_loss_variant_trains(run_dir: Path, changes: Any) -> None:
+    loss = LossConfig(scale=0.1, **changes)
     run_ranks(train, 2, small_toy(run_dir, steps=1, loss=loss, evaluation=EvaluationConfig(every=0, max_prompts=4)))
     (line,) = steps_of(run_dir)
     assert math.isfinite(line["train/loss"])
     assert line["train/grad_norm"] > 0
+
+
+def test_the_rollouts_log_probs_serve_as_reference(run_dir: Path, tmp_path: Path) -> None:
+    """They are those of the same weights, so the first update is nearly the same with a forward pass less."""
+    shutil.copytree(run_dir, tmp_path / "other")
+    for folder, source in ((run_dir, "recompute"), (tmp_path / "other", "rollout")):
+        loss: Any = LossConfig(reference=source, scale=0.1)
+        trainer = TrainerConfig(updates_per_iteration=1, optimizer=OptimizerConfig(lr=4e-4, eps=1e-4))
+        evaluation = EvaluationConfig(every=0, max_prompts=4)
+        run_ranks(train, 2, small_toy(folder, steps=1, loss=loss, trainer=trainer, evaluation=evaluation))
+    (recomputed,), (taken,) = steps_of(run_dir), steps_of(tmp_path / "other")
+    for name in ("train/loss", "train/grad_norm"):
+        assert taken[name] == pytest.approx(recomputed[name], rel=1e-4), name
+
+
+def test_segments_of_older_policies_are_trained_where_asked(run_dir: Path, tmp_path: Path) -> None:
+    rollout, replay = RolloutConfig(max_response_tokens=48, token_budget=601, max_batch=16), ReplayConfig(groups_per_update=1)
+    first_stale = {}
+    for treatment in ("mask", "correct", "train"):
+        folder = tmp_path / treatment
+        shutil.copytree(run_dir, folder)
+        loss: Any = LossConfig(scale=0.1, stale_segments=treatment)
+        evaluation = EvaluationConfig(every=0, max_prompts=4)
+        run_ranks(train, 2, small_toy(folder, steps=3, rollout=rollout, replay=replay, loss=loss, evaluation=evaluation))
+        lines = [line for line in steps_of(folder) if line["rollout/stale_tokens"] > 0 and "train/loss" in line]
+        assert all(math.isfinite(line["train/loss"]) for line in lines)
+        first_stale[treatment] = lines[0]
+    # Until then all three are the same run.
+    assert len({line["step"] for line in first_stale.values()}) == 1
+    assert len({line["rollout/reward"] for line in first_stale.values()}) == 1
+    assert first_stale["train"]["train/tokens"] == first_stale["correct"]["train/tokens"] > first_stale["mask"]["train/tokens"]
+    assert len({line["train/loss"] for line in first_stale.values()}) == 3
+
+
+def test_evaluating_the_exported_folder_gives_the_runs_own_pass_at_1(run_dir: Path, tmp_path: Path) -> None:
+    export(run_dir, tmp_path / "model")
+    (in_run,) = [line["eval/pass_at_1"] for line in read_metrics(run_dir) if line.get("eval/pass_at_1") is not None]
+    found = evaluate_model(tmp_path / "model", run_dir / "data" / "eval.jsonl", max_response_tokens=48)
+    assert found["num_prompts"] == 40
+    assert found["pass_at_1"] == in_run
 
 
 def test_two_tensor_parallel_ranks_share_one_engine_and_go_on_with_a_data_parallel_run(run_dir: Path) -> None:
