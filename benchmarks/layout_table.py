@@ -71,7 +71,7 @@ def record_of(
         "loss_error": errors.loss,
         "gradient_error": errors.gradient,
         "weight_error": errors.weight,
-        "too_large": errors.too_large() if dtype == "float32" else [],
+        "too_large": [],
         "seconds": round(seconds, 1),
         **conditions(),
     }
@@ -82,6 +82,7 @@ def measure(family: str, layout: Layout, reference: Reference, of_losses: Iterab
     start = time.monotonic()
     errors = combine(run_ranks(compare, layout.num_ranks, layout, reference, list(of_losses), dtype, timeout_s=300), reference)
     record = record_of(family, layout.name, layout.num_ranks, dtype, of_losses, errors, time.monotonic() - start)
+    record["too_large"] = errors.too_large(layout.num_layers) if dtype == "float32" else []
     print(f"{family:12} {dtype:8} {layout.name:70} {layout.num_ranks} {record['seconds']:6.1f} s  {errors.worst()}", flush=True)
     return record
 
@@ -133,8 +134,8 @@ def document(records: Iterable[Mapping[str, Any]]) -> str:
         "**gradient**, and of the **weights after two AdamW steps**. Of a tensor the error is ‖found - wanted‖ / ‖wanted‖; the largest of",
         f"all tensors (for the gradient: under any of {len(of_losses)} losses) is shown. The tests refuse more than {number(TOLERANCE)}",
         f"({number(KEY_BIAS_TOLERANCE)} of a key bias, whose gradient is a sum that all but cancels: a softmax does not see a shift of all",
-        "keys). A dash: the model cannot be trained like that (no experts to spread, or experts with tensor but without sequence",
-        "parallelism), or was not.",
+        "keys; twice as much with 8 layers in place of 4). A dash: the model cannot be trained like that (no experts to spread, or experts",
+        "with tensor but without sequence parallelism).",
         "",
         f"The losses: {'; '.join(of_losses)}. Rows are ragged, some tokens stale and left out; some ranks have fewer rows or none.",
         "Names: TP tensor, SP sequence, PP pipeline, VPP virtual pipeline, CP context, DP data, EP expert and ETP expert-tensor parallel.",
@@ -151,7 +152,11 @@ def document(records: Iterable[Mapping[str, Any]]) -> str:
         of_layout = [cells.get(("float32", layout.name, family)) for family in families]
         seconds = [record["seconds"] for record in of_layout if record is not None]
         if seconds:
-            texts = [triple(record) if record is not None else "–" for record in of_layout]
+            fits = [layout.fits(experts=FAMILIES[family].has_experts) for family in families]
+            texts = [
+                triple(record) if record is not None else "not measured" if fit else "–"
+                for record, fit in zip(of_layout, fits, strict=True)
+            ]
             lines.append(f"| {layout.name} | {layout.num_ranks} | {min(seconds):.0f}–{max(seconds):.0f} | {' | '.join(texts)} |")
     worst = {name: max(record[name] for record in exact) for name in ("loss_error", "gradient_error", "weight_error")}
     lines += ["", f"Largest: loss {worst['loss_error']:.1e}, gradient {worst['gradient_error']:.1e}, weights {worst['weight_error']:.1e}."]

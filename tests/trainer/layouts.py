@@ -20,19 +20,14 @@ class Layout:
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
 
     @property
-    def is_deep(self) -> bool:
-        """Deeper than the other layouts' models: with experts, one process's rounding exceeds the tolerance already."""
-        return self.num_layers > 4
-
-    @property
     def needs_experts(self) -> bool:
         return self.mesh.ep > 1 or self.mesh.etp is not None or self.dispatcher != "alltoall"
 
     def fits(self, *, experts: bool) -> bool:
-        """Whether a model with or without experts can be compared like that."""
+        """Whether a model with or without experts can be trained like that."""
         if not experts:
             return not self.needs_experts
-        return (self.mesh.tp == 1 or self.mesh.sequence_parallel) and not self.is_deep
+        return self.mesh.tp == 1 or self.mesh.sequence_parallel
 
     def trainer_config(self, optimizer: OptimizerConfig, dtype: Literal["float32", "bfloat16"] = "float32") -> TrainerConfig:
         return TrainerConfig(
