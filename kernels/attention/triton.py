@@ -45,11 +45,12 @@ def tiles_of(dtype: torch.dtype, width: int, value_width: int) -> Tiles:
     """The tiles for queries and keys of this width. None of them spills registers on sm_90; the sizes are not tuned on hardware."""
     if dtype == torch.float32:
         return Tiles(forward=Tile(32, 32, 4, 1), keys=Tile(32, 32, 4, 1), queries=Tile(32, 32, 4, 1))
+    queries = Tile(128, 64, 8, 2)
     if max(width, value_width) <= 64:
-        return Tiles(forward=Tile(128, 128, 8, 3), keys=Tile(128, 128, 8, 2), queries=Tile(128, 128, 8, 2))
+        return Tiles(forward=Tile(128, 64, 4, 3), keys=Tile(64, 128, 8, 2), queries=queries)
     if max(width, value_width) <= 128:
-        return Tiles(forward=Tile(128, 128, 8, 2), keys=Tile(64, 128, 8, 2), queries=Tile(128, 64, 8, 2))
-    return Tiles(forward=Tile(128, 64, 8, 2), keys=Tile(64, 64, 8, 2), queries=Tile(128, 64, 8, 2))
+        return Tiles(forward=Tile(128, 128, 8, 2), keys=Tile(64, 128, 8, 2), queries=queries)
+    return Tiles(forward=Tile(128, 128, 8, 2), keys=Tile(32, 128, 8, 2), queries=queries)
 
 
 @triton.jit
