@@ -12,6 +12,7 @@ from tandem.engine.architecture import Architecture
 from tandem.engine.config import TrainerConfig
 from tandem.engine.trainer.attention import PackedCoreAttention
 from tandem.engine.trainer.batch import LocalBatch
+from tandem.engine.trainer.experts import Experts
 from tandem.engine.trainer.latent_attention import LatentSelfAttention
 from tandem.engine.trainer.mesh import Mesh
 from tandem.engine.trainer.modules import Norm, SwiGLU, residual_add
@@ -126,6 +127,7 @@ def _layer_spec(architecture: Architecture, is_sparse: bool) -> ModuleSpec:
     mlp: Any = layer.mlp.submodules
     if is_sparse:
         mlp.router = functools.partial(Router, architecture=architecture)
+        mlp.experts.module = Experts
         mlp.experts.submodules.activation_func = mlp.shared_experts.submodules.activation_func = SwiGLU
     else:
         mlp.activation_func = SwiGLU

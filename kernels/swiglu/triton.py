@@ -33,6 +33,39 @@ def _backward_kernel(grad, x, grad_x, F, TILE: tl.constexpr):
     tl.store(grad_x + row * 2 * F + F + column, (above * silu).to(grad_x.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _weighted_forward_kernel(x, weights, out, F, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = column < F
+    gate = tl.load(x + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+    product = gate * tl.sigmoid(gate) * up * tl.load(weights + row)
+    tl.store(out + row * F + column, product.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weighted_backward_kernel(grad, x, weights, grad_x, grad_weights, F, TILE: tl.constexpr):
+    """One program for a row: it sums the weight's gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(weights + row)
+    dot = tl.zeros([TILE], dtype=tl.float32)
+    for start in range(0, F, TILE):
+        column = start + tl.arange(0, TILE)
+        inside = column < F
+        gate = tl.load(x + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(x + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+        above = tl.load(grad + row * F + column, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        dot += above * silu * up
+        above *= weight
+        to_gate = above * up * (sigmoid + silu * (1.0 - sigmoid))
+        tl.store(grad_x + row * 2 * F + column, to_gate.to(grad_x.dtype.element_ty), mask=inside)
+        tl.store(grad_x + row * 2 * F + F + column, (above * silu).to(grad_x.dtype.element_ty), mask=inside)
+    tl.store(grad_weights + row, tl.sum(dot, 0))
+
+
 def _grid(x_T2F: torch.Tensor, width: int) -> tuple[int, int]:
     return x_T2F.numel() // (2 * width), -(-width // TILE)
 
@@ -55,3 +88,25 @@ def backward(grad_TF: torch.Tensor, x_T2F: torch.Tensor) -> torch.Tensor:
     if grad_T2F.numel():
         _backward_kernel[_grid(x_T2F, width)](grad_TF.contiguous(), x_T2F, grad_T2F, width, TILE=TILE)
     return grad_T2F
+
+
+def weighted_forward(x_T2F: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
+    """[T, F]."""
+    x_T2F = x_T2F.contiguous()
+    width = x_T2F.shape[-1] // 2
+    out_TF = x_T2F.new_empty((len(x_T2F), width))
+    if out_TF.numel():
+        _weighted_forward_kernel[_grid(x_T2F, width)](x_T2F, weights_T.contiguous(), out_TF, width, TILE=TILE)
+    return out_TF
+
+
+def weighted_backward(grad_TF: torch.Tensor, x_T2F: torch.Tensor, weights_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x and of the weights."""
+    x_T2F = x_T2F.contiguous()
+    grad_T2F, grad_weights_T = torch.empty_like(x_T2F), torch.zeros_like(weights_T)
+    if grad_T2F.numel():
+        tile = min(TILE, max(32, triton.next_power_of_2(x_T2F.shape[-1] // 2)))
+        _weighted_backward_kernel[(len(x_T2F),)](
+            grad_TF.contiguous(), x_T2F, weights_T.contiguous(), grad_T2F, grad_weights_T, x_T2F.shape[-1] // 2, TILE=tile
+        )
+    return grad_T2F, grad_weights_T
