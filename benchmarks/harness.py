@@ -203,7 +203,7 @@ def _run_cases(subject: Subject, cases: Sequence[Case], device: torch.device, ar
         for case in cases:
             _profile(subject.name, case, device, args.out, args.run)
         return []
-    rates = Rates(device)
+    rates = Rates(device, repeats=QUICK_REPEATS) if args.quick else Rates(device)
     about = _describe(device, args.commit)
     print(f"{subject.name}: {subject.about}\n" + ", ".join(f"{name} {value}" for name, value in about.items()))
     rows: list[Row] = []

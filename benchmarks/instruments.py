@@ -42,8 +42,9 @@ class Timer:
 class Rates:
     """What the device reaches on random data: matrix products per dtype, and copies. Measured at the first question."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, repeats: int = RATE_REPEATS) -> None:
         self._device = device
+        self._repeats = repeats
         self._known: dict[str, float] = {}
 
     def matmul_flop_s(self, dtype: torch.dtype) -> float:
@@ -69,9 +70,9 @@ class Rates:
 
     def _seconds(self, call: Callable[[], Any]) -> float:
         timer = Timer(self._device)
-        for _ in range(3):
-            call()
-        times = [timer(call) for _ in range(RATE_REPEATS)]
+        call()
+        call()
+        times = [timer(call) for _ in range(self._repeats)]
         return statistics.median(times) if self._device.type == "cuda" else min(times)  # a GPU is ours alone; a CPU may be shared
 
 

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.harness import Case, Subject, main
+from benchmarks.harness import Case, Subject, installed, main
 from tandem.kernels.backend import chosen
-from tandem.kernels.logprob import linear_logprob
+from tandem.kernels.logprob import linear_logprob, linear_logprob_sum
 
 TEMPERATURE = 0.7
 CHUNK_TOKENS = 1024  # of the chunked torch peer: 0.6 GB of fp32 logits at V = 152k
@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
     coefficients_T: torch.Tensor  # gradient of the log-probs
 
 
-Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
 
 def _inputs(num_tokens: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -44,13 +44,17 @@ def _plain(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Te
     return logp_TV.gather(1, targets_T[:, None])[:, 0], -(logp_TV.exp() * logp_TV).sum(-1)
 
 
-def _chunked(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain torch over chunks of tokens, each recomputed in the backward pass."""
-    parts = [
-        checkpoint(_plain, hidden_cH, weight_VH, targets_c, use_reentrant=False)
-        for hidden_cH, targets_c in zip(hidden_TH.split(CHUNK_TOKENS), targets_T.split(CHUNK_TOKENS), strict=True)
-    ]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+def _in_chunks(chunk: Forward) -> Forward:
+    """Over chunks of tokens, each recomputed in the backward pass."""
+
+    def forward(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [
+            checkpoint(chunk, hidden_cH, weight_VH, targets_c, use_reentrant=False)
+            for hidden_cH, targets_c in zip(hidden_TH.split(CHUNK_TOKENS), targets_T.split(CHUNK_TOKENS), strict=True)
+        ]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    return forward
 
 
 def _ours(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,10 +103,40 @@ def _exact_forward_backward(x: Inputs) -> tuple[torch.Tensor, ...]:
     return _grads(_exact(x)[0], x)
 
 
+def _in_forward(x: Inputs) -> tuple[torch.Tensor, ...]:
+    """Ours, with coefficients that are known beforehand."""
+    total, logprobs_T, _ = linear_logprob_sum(x.hidden_TH, x.weight_VH, x.targets_T, x.coefficients_T, temperature=TEMPERATURE)
+    return logprobs_T, *torch.autograd.grad(total, (x.hidden_TH, x.weight_VH))
+
+
+def _cce(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """cut-cross-entropy; it has no entropy, and the temperature goes into the rows before the product."""
+    from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
+
+    return (-linear_cross_entropy(hidden_TH / TEMPERATURE, weight_VH, targets_T, reduction="none").float(),)
+
+
+def _liger(x: Inputs) -> tuple[torch.Tensor, ...]:
+    """Liger's fused linear cross entropy, which sums: its gradient is for equal coefficients."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")(x.weight_VH, x.hidden_TH / TEMPERATURE, x.targets_T)
+    return torch.autograd.grad(-loss, (x.hidden_TH, x.weight_VH))
+
+
+def _summed(run: Callable[[Any], tuple[torch.Tensor, ...]]) -> Callable[[Any], tuple[torch.Tensor, ...]]:
+    """Gradients alone, with all coefficients 1."""
+    return lambda x: run(x._replace(coefficients_T=torch.ones_like(x.coefficients_T)))[-2:]
+
+
 def _sized(name: str, num_tokens: int, width: int, vocab: int, dtype: torch.dtype, runs: dict[str, Any], **options: Any) -> Case:
     backward = name != "forward"
-    size = torch.finfo(dtype).bits // 8
-    operands = size * width * (num_tokens + vocab)
+    operands = torch.finfo(dtype).bits // 8 * width * (num_tokens + vocab)
+    exact, tolerances = {
+        "forward": (_exact_forward, (2e-4, 2e-4)),
+        "forward+backward": (_exact_forward_backward, (2e-4, 4e-3, 4e-3)),
+        "summed loss": (_summed(_exact_forward_backward), (4e-3, 4e-3)),
+    }[name]
     return Case(
         name=name,
         shape={"T": num_tokens, "H": width, "V": vocab},
@@ -110,27 +144,44 @@ def _sized(name: str, num_tokens: int, width: int, vocab: int, dtype: torch.dtyp
         flop=(6 if backward else 2) * num_tokens * width * vocab,  # logits, and their products with weight and hidden
         bytes=operands * (2 if backward else 1) + 16 * num_tokens,
         inputs=lambda device: _inputs(num_tokens, width, vocab, dtype, device),
-        exact=_exact_forward_backward if backward else _exact_forward,
-        tolerances=(2e-4, 4e-3, 4e-3) if backward else (2e-4, 2e-4),
+        exact=exact,
+        tolerances=tolerances,
         runs=runs,
         **options,
     )
+
+
+def _runs(device: torch.device, *, with_reference: bool) -> dict[str, dict[str, Any]]:
+    """Implementations of each case; ours first."""
+    if device.type == "cpu":
+        first, peers = "reference", {"plain torch": _plain}
+    else:
+        first, peers = "kernel", {"chunked torch": _in_chunks(_plain), "torch.compile": _in_chunks(torch.compile(_plain, dynamic=False))}
+        if with_reference:
+            peers["reference"] = _reference
+    both = {run: _forward_backward(call) for run, call in {first: _ours, **peers}.items()}
+    both["gradient in forward"] = _in_forward
+    summed = {first: _summed(_in_forward), "gradient in backward": _summed(_forward_backward(_ours))}
+    if device.type == "cuda" and installed("cut_cross_entropy"):
+        both["cut-cross-entropy"] = _forward_backward(_cce)
+    if device.type == "cuda" and installed("liger_kernel"):
+        summed["liger"] = _liger
+    forward = {run: _forward(call) for run, call in {first: _ours, **peers}.items()}
+    return {"forward": forward, "forward+backward": both, "summed loss": summed}
 
 
 def cases(device: torch.device) -> list[Case]:
     """The smallest first."""
     if device.type == "cpu":
         sizes = [(512, 128, 4000, torch.float32), (8192, 256, 32_000, torch.float32)]
-        forwards: dict[str, Forward] = {"reference": _ours, "plain torch": _plain}
     else:
         sizes = [(4096, 4096, 32_000, torch.bfloat16), (32_768, 4096, 151_936, torch.bfloat16)]
-        forwards = {"kernel": _ours, "reference": _reference, "chunked torch": _chunked, "torch.compile": torch.compile(_chunked)}
     found = []
-    for name, wrap in (("forward", _forward), ("forward+backward", _forward_backward)):
-        runs = {run: wrap(forward) for run, forward in forwards.items()}
+    for name in ("forward", "forward+backward", "summed loss"):
         for size in sizes:
-            small = _sized(name, 509, size[1], 3997, size[3], runs)  # off every tile
-            found.append(_sized(name, *size, runs, check_on=small))
+            runs = _runs(device, with_reference=size == sizes[0])[name]  # in fp32, the large one takes it seconds
+            off_tile = _sized(name, 509, size[1], 3997, size[3], runs)  # in fp64 the large ones would not fit
+            found.append(_sized(name, *size, runs, check_on=off_tile))
     return found
 
 

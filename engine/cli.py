@@ -115,6 +115,15 @@ def parity(
         raise SystemExit(1)
 
 
+def bench(name: tyro.conf.Positional[str]) -> None:
+    """Measure kernels and swaps against their floors and peers. `tandem bench --help` lists what there is.
+
+    Args:
+        name: Benchmark; its options follow.
+    """
+    raise AssertionError("main handles bench, whose options depend on the benchmark")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script. Bad input ends with a message and status 2."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -122,8 +131,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args[:1] == ["train"]:
             _train(args[1:])
             return
+        if args[:1] == ["bench"]:
+            from tandem.engine.bench import run_benchmarks
+
+            raise SystemExit(run_benchmarks(args[1:]))
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "export": export, "evaluate": evaluate, "report": report, "parity": parity},
+            {"train": train, "export": export, "evaluate": evaluate, "report": report, "parity": parity, "bench": bench},
             prog="tandem",
             description="Reinforcement learning of long chain-of-thought models.",
             args=args,
