@@ -48,7 +48,7 @@ from typing import Any
 import torch
 
 from benchmarks.instruments import Rates, Sampler, Timer, peak_bytes
-from benchmarks.results import Row, append_rows, plot_roofline, read_rows, regressions, table
+from benchmarks.results import TABLE_HEAD, Row, append_rows, plot_roofline, read_rows, regressions, table_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("kernel", "reference")
@@ -126,7 +126,6 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> None:
     if not rows:
         return
     if args.out:
-        append_rows(args.out / f"{subject.name}.jsonl", rows)
         plot_roofline(args.out / f"{subject.name}.png", rows)
     if args.compare:
         try:
@@ -206,17 +205,21 @@ def _run_cases(subject: Subject, cases: Sequence[Case], device: torch.device, ar
     rates = Rates(device, repeats=QUICK_REPEATS) if args.quick else Rates(device)
     about = _describe(device, args.commit)
     print(f"{subject.name}: {subject.about}\n" + ", ".join(f"{name} {value}" for name, value in about.items()))
-    rows: list[Row] = []
-    for case in cases:
-        rows += measure(subject.name, case, device, rates, seconds=args.seconds, only=args.run, quick=args.quick)
     matmul = {_dtype_name(case.dtype): rates.matmul_flop_s(case.dtype) for case in cases}
     measured = {"copy_bytes_s": rates.copy_bytes_s(), "matmul_flop_s": matmul}
     print(
         f"measured here: copy {measured['copy_bytes_s'] / 1e9:.4g} GB/s"
         + "".join(f", {k} {v / 1e12:.4g} TFLOP/s" for k, v in matmul.items())
     )
-    rows = [replace(row, device={**about, **row.device, "rates": measured}) for row in rows]
-    print(table(rows), flush=True)
+    print(TABLE_HEAD, flush=True)
+    rows: list[Row] = []
+    for case in cases:
+        found = measure(subject.name, case, device, rates, seconds=args.seconds, only=args.run, quick=args.quick)
+        found = [replace(row, device={**about, **row.device, "rates": measured}) for row in found]
+        print(table_lines(found), flush=True)
+        if args.out:  # at once, so that a run that is cut short has left what it knew
+            append_rows(args.out / f"{subject.name}.jsonl", found)
+        rows += found
     return rows
 
 

@@ -12,6 +12,9 @@ from typing import Any
 NOISE = {"cuda": 0.05, "cpu": 0.25}
 # Tensors' bytes do not vary from run to run; the allocator rounds them.
 MEMORY_NOISE = 0.02
+TABLE_HEAD = """\
+| case | dtype | run | error vs fp64 | median ms | spread | TFLOP/s | GB/s | % of floor | peak MiB | × first |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +48,9 @@ class Row:
         return self.subject, self.case, json.dumps(self.shape, sort_keys=True), self.dtype, self.run, str(self.device.get("name"))
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown; times in milliseconds."""
-    lines = [
-        "| case | dtype | run | error vs fp64 | median ms | spread | TFLOP/s | GB/s | % of floor | peak MiB | × first |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def table_lines(rows: Sequence[Row]) -> str:
+    """Lines of the Markdown table under TABLE_HEAD."""
+    lines = []
     first_s = {row.key()[:4]: row.median_s for row in rows if row.ours}
     for row in rows:
         case = f"{row.case} " + " ".join(f"{name}={size}" for name, size in row.shape.items())
