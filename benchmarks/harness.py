@@ -125,7 +125,7 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
     if not rows:
         return
-    if args.out:
+    if args.out and not all(row.failed for row in rows):
         plot_roofline(args.out / f"{subject.name}.png", rows)
     if args.compare:
         try:
