@@ -50,21 +50,26 @@ def tiles_of(dtype: torch.dtype, width: int, value_width: int) -> Tiles:
         return Tiles(forward=Tile(128, 64, 4, 3), keys=Tile(64, 128, 8, 2), queries=queries)
     if max(width, value_width) <= 128:
         return Tiles(forward=Tile(128, 128, 8, 2), keys=Tile(64, 128, 8, 2), queries=queries)
-    return Tiles(forward=Tile(128, 128, 8, 2), keys=Tile(32, 128, 8, 2), queries=queries)
+    return Tiles(forward=Tile(128, 64, 8, 3), keys=Tile(32, 128, 8, 2), queries=queries)
 
 
 @triton.jit
 def _forward_tile(
-    acc, row_max, row_sum, q0, q1, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n, k_column, v_column, scale_log2,
+    acc, row_max, row_sum, probs, decay, q0, q1, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n, before, k_column, v_column, scale_log2,
     WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over the keys of tile n."""
+    """One step of the online softmax over the keys of tile n.
+
+    The values of the tile before are added here, not those of n: so the tensor cores do that while this tile's softmax is computed.
+    """
     start = n * BLOCK_K
     k0 = k0_desc.load([start, k_column])
     scores = tl.dot(q0, k0.T, input_precision="ieee")
     if WIDTH_1:
         k1 = k1_desc.load([start, k_column + WIDTH_0])
         scores = tl.dot(q1, k1.T, scores, input_precision="ieee")
+    v = v_desc.load([before * BLOCK_K, v_column])
+    acc = tl.dot(probs, v, acc * decay[:, None], input_precision="ieee")
     if MASKED:
         place_k = start + tl.arange(0, BLOCK_K)
         ends = tl.load(ends_ptr + place_k)
@@ -74,12 +79,10 @@ def _forward_tile(
     if MASKED:
         # A row that has seen no key yet: its probabilities are 2^-inf = 0, not 2^(inf - inf).
         base = tl.where(new_max == -float("inf"), 0.0, new_max)
-    probs = tl.math.exp2(scores * scale_log2 - base[:, None])
+    exact_probs = tl.math.exp2(scores * scale_log2 - base[:, None])
     decay = tl.math.exp2(row_max - base)
-    row_sum = row_sum * decay + tl.sum(probs, 1)
-    v = v_desc.load([start, v_column])
-    acc = tl.dot(probs.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return acc, new_max, row_sum
+    row_sum = row_sum * decay + tl.sum(exact_probs, 1)
+    return acc, new_max, row_sum, exact_probs.to(v.dtype), decay
 
 
 @triton.jit
@@ -106,18 +109,32 @@ def _forward(
     first_whole = tl.load(query_runs_ptr + 3 * tile)
     first_masked = tl.load(query_runs_ptr + 3 * tile + 1)
     end = tl.load(query_runs_ptr + 3 * tile + 2)
+    # The tile whose values are still to be added; at first some tile, with probabilities of 0.
+    last = 0
+    if first_whole < end:
+        last = tl.load(runs_ptr + 2 * first_whole)
+    probs = tl.zeros([BLOCK_Q, BLOCK_K], v_desc.dtype)
+    decay = tl.full([BLOCK_Q], 1.0, tl.float32)
     for run in range(first_whole, first_masked):
-        for n in tl.range(tl.load(runs_ptr + 2 * run), tl.load(runs_ptr + 2 * run + 1), num_stages=STAGES):
-            acc, row_max, row_sum = _forward_tile(
-                acc, row_max, row_sum, q0, q1, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n, group * k_head, group * v_head, scale_log2,
-                WIDTH_0, WIDTH_1, BLOCK_K, False,
+        first = tl.load(runs_ptr + 2 * run)
+        end_run = tl.load(runs_ptr + 2 * run + 1)
+        for n in tl.range(first, end_run, num_stages=STAGES):
+            acc, row_max, row_sum, probs, decay = _forward_tile(
+                acc, row_max, row_sum, probs, decay, q0, q1, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n,
+                tl.where(n == first, last, n - 1), group * k_head, group * v_head, scale_log2, WIDTH_0, WIDTH_1, BLOCK_K, False,
             )  # fmt: skip
+        last = end_run - 1
     for run in range(first_masked, end):
-        for n in tl.range(tl.load(runs_ptr + 2 * run), tl.load(runs_ptr + 2 * run + 1), num_stages=STAGES):
-            acc, row_max, row_sum = _forward_tile(
-                acc, row_max, row_sum, q0, q1, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n, group * k_head, group * v_head, scale_log2,
-                WIDTH_0, WIDTH_1, BLOCK_K, True,
+        first = tl.load(runs_ptr + 2 * run)
+        end_run = tl.load(runs_ptr + 2 * run + 1)
+        for n in tl.range(first, end_run, num_stages=STAGES):
+            acc, row_max, row_sum, probs, decay = _forward_tile(
+                acc, row_max, row_sum, probs, decay, q0, q1, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n,
+                tl.where(n == first, last, n - 1), group * k_head, group * v_head, scale_log2, WIDTH_0, WIDTH_1, BLOCK_K, True,
             )  # fmt: skip
+        last = end_run - 1
+    v = v_desc.load([last * BLOCK_K, group * v_head])
+    acc = tl.dot(probs, v, acc * decay[:, None], input_precision="ieee")
     takes_part = place_q >= 0
     row_sum = tl.where(takes_part, row_sum, 1.0)
     inverse = 1.0 / row_sum
