@@ -17,7 +17,6 @@ from benchmarks.harness import Case, Subject, installed, main
 from tandem.kernels.backend import chosen
 from tandem.kernels.logprob import linear_logprob, linear_logprob_sum
 
-TEMPERATURE = 0.7
 CHUNK_TOKENS = 1024  # of the chunked torch peer: 0.6 GB of fp32 logits at V = 152k
 
 
@@ -39,7 +38,7 @@ def _inputs(num_tokens: int, width: int, vocab: int, dtype: torch.dtype, device:
 
 
 def _plain(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    logits_TV = (hidden_TH @ weight_VH.T).float() / TEMPERATURE
+    logits_TV = (hidden_TH @ weight_VH.T).float()
     logp_TV = logits_TV.log_softmax(-1)
     return logp_TV.gather(1, targets_T[:, None])[:, 0], -(logp_TV.exp() * logp_TV).sum(-1)
 
@@ -58,12 +57,12 @@ def _in_chunks(chunk: Forward) -> Forward:
 
 
 def _ours(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return linear_logprob(hidden_TH, weight_VH, targets_T, temperature=TEMPERATURE)
+    return linear_logprob(hidden_TH, weight_VH, targets_T)
 
 
 def _reference(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     with chosen("reference"):
-        return linear_logprob(hidden_TH, weight_VH, targets_T, temperature=TEMPERATURE)
+        return linear_logprob(hidden_TH, weight_VH, targets_T)
 
 
 def _grads(logprobs_T: torch.Tensor, x: Inputs) -> tuple[torch.Tensor, ...]:
@@ -89,7 +88,7 @@ def _in_fp64(x: Inputs) -> Inputs:
 
 
 def _exact(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    logp_TV = (x.hidden_TH @ x.weight_VH.T / TEMPERATURE).log_softmax(-1)
+    logp_TV = (x.hidden_TH @ x.weight_VH.T).log_softmax(-1)
     return logp_TV.gather(1, x.targets_T[:, None])[:, 0], -(logp_TV.exp() * logp_TV).sum(-1)
 
 
@@ -105,22 +104,30 @@ def _exact_forward_backward(x: Inputs) -> tuple[torch.Tensor, ...]:
 
 def _in_forward(x: Inputs) -> tuple[torch.Tensor, ...]:
     """Ours, with coefficients that are known beforehand."""
-    total, logprobs_T, _ = linear_logprob_sum(x.hidden_TH, x.weight_VH, x.targets_T, x.coefficients_T, temperature=TEMPERATURE)
+    total, logprobs_T, _ = linear_logprob_sum(x.hidden_TH, x.weight_VH, x.targets_T, x.coefficients_T)
     return logprobs_T, *torch.autograd.grad(total, (x.hidden_TH, x.weight_VH))
 
 
 def _cce(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """cut-cross-entropy; it has no entropy, and the temperature goes into the rows before the product."""
+    """cut-cross-entropy, which has no entropy."""
     from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
 
-    return (-linear_cross_entropy(hidden_TH / TEMPERATURE, weight_VH, targets_T, reduction="none").float(),)
+    return (-linear_cross_entropy(hidden_TH, weight_VH, targets_T, reduction="none").float(),)
+
+
+def _liger_scaled(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Liger's scaled cross entropy, with entropy. On Hopper it is written in CuTe and needs nvidia-cutlass-dsl."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction  # pyright: ignore[reportMissingImports]
+
+    loss_T, entropy_T = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden_TH, weight_VH, targets_T, return_entropy=True)
+    return -loss_T, entropy_T
 
 
 def _liger(x: Inputs) -> tuple[torch.Tensor, ...]:
     """Liger's fused linear cross entropy, which sums: its gradient is for equal coefficients."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
 
-    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")(x.weight_VH, x.hidden_TH / TEMPERATURE, x.targets_T)
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)(x.weight_VH, x.hidden_TH, x.targets_T)
     return torch.autograd.grad(-loss, (x.hidden_TH, x.weight_VH))
 
 
@@ -153,10 +160,14 @@ def _sized(name: str, num_tokens: int, width: int, vocab: int, dtype: torch.dtyp
 
 def _runs(device: torch.device, *, with_reference: bool) -> dict[str, dict[str, Any]]:
     """Implementations of each case; ours first."""
+    peers: dict[str, Forward] = {}
     if device.type == "cpu":
-        first, peers = "reference", {"plain torch": _plain}
+        first = "reference"
+        peers["plain torch"] = _plain
     else:
-        first, peers = "kernel", {"chunked torch": _in_chunks(_plain), "torch.compile": _in_chunks(torch.compile(_plain, dynamic=False))}
+        first = "kernel"
+        peers["chunked torch"] = _in_chunks(_plain)
+        peers["torch.compile"] = _in_chunks(torch.compile(_plain, dynamic=False))
         if with_reference:
             peers["reference"] = _reference
     both = {run: _forward_backward(call) for run, call in {first: _ours, **peers}.items()}
@@ -165,6 +176,8 @@ def _runs(device: torch.device, *, with_reference: bool) -> dict[str, dict[str, 
     if device.type == "cuda" and installed("cut_cross_entropy"):
         both["cut-cross-entropy"] = _forward_backward(_cce)
     if device.type == "cuda" and installed("liger_kernel"):
+        peers["liger scaled"] = _liger_scaled
+        both["liger scaled"] = _forward_backward(_liger_scaled)
         summed["liger"] = _liger
     forward = {run: _forward(call) for run, call in {first: _ours, **peers}.items()}
     return {"forward": forward, "forward+backward": both, "summed loss": summed}

@@ -36,6 +36,7 @@ class Row:
     floor_s: float = math.nan
     peak_bytes: int = 0
     errors: list[float] = field(default_factory=list)  # against fp64, one for each output
+    tolerances: list[float] = field(default_factory=list)  # of those errors
     failed: str = ""  # why a peer has no time
     device: dict[str, Any] = field(default_factory=dict)  # name, versions, commit, date, rates; clocks and power during this case
 
@@ -54,7 +55,9 @@ def table_lines(rows: Sequence[Row]) -> str:
     first_s = {row.key()[:4]: row.median_s for row in rows if row.ours}
     for row in rows:
         case = f"{row.case} " + " ".join(f"{name}={size}" for name, size in row.shape.items())
-        errors = ", ".join(f"{error:.1e}" for error in row.errors)
+        errors = ", ".join(
+            f"{error:.1e}{'' if error <= limit else ' (!)'}" for error, limit in zip(row.errors, row.tolerances, strict=True)
+        )
         head = f"| {case} | {row.dtype} | {row.run} | {errors} |"
         if row.failed:
             lines.append(f"{head} {row.failed} | | | | | | |")

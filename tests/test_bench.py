@@ -59,10 +59,10 @@ def test_right_runs_are_timed_and_peers_that_fail_or_are_wrong_are_named(tmp_pat
     def doubles_in_place(x: torch.Tensor) -> torch.Tensor:
         return x.mul_(2)  # every check gets fresh inputs
 
-    subject = _subject(in_place=doubles_in_place, wrong=lambda x: x * 2.1, broken=_raises)
+    subject = _subject(in_place=doubles_in_place, rough=lambda x: x * (2 + 1e-5), wrong=lambda x: x * 2.1, broken=_raises)
     assert _main(subject, "--out", tmp_path, "--commit", "abc") == 0
     rows = {row.run: row for row in read_rows(tmp_path / "doubling.jsonl")}
-    assert list(rows) == ["reference", "in_place", "wrong", "broken"]
+    assert list(rows) == ["reference", "in_place", "rough", "wrong", "broken"]
     assert rows["wrong"].failed.startswith("wrong: output 0 is off by 5.0e-02")
     assert rows["broken"].failed == "failed: RuntimeError: not on this machine"
     row = rows["reference"]
@@ -81,6 +81,7 @@ def test_right_runs_are_timed_and_peers_that_fail_or_are_wrong_are_named(tmp_pat
     table = capsys.readouterr().out
     assert "| double N=1000 | float32 | reference |" in table
     assert "not on this machine" in table
+    assert "| rough | 5.0e-06 (!) |" in table  # beyond the tolerance, but still the same computation
 
 
 def test_a_wrong_answer_of_ours_ends_with_status_1_and_is_not_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

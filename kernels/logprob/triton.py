@@ -131,8 +131,7 @@ def logprob_with_gradient(
     coefficients_T = coefficients_T.contiguous()
     for rows in _slices(num_tokens, ROW_TOKENS):
         hidden_tH = hidden_TH[rows]
-        logits_tV = hidden_TH.new_zeros((len(hidden_tH), vocab_size), dtype=torch.float32)
-        _add_product(logits_tV, hidden_tH, weight_VH.T)
+        logits_tV = _product(hidden_tH, weight_VH.T)
         stats_4t = temperature_T.new_empty((4, len(hidden_tH)))
         _row_stats_kernel[(len(hidden_tH),)](
             logits_tV, local_T[rows], temperature_T[rows], stats_4t, len(hidden_tH), vocab_size, COLUMNS=ROW_COLUMNS, num_warps=8
@@ -180,6 +179,13 @@ def _operands(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, tiles: Tiles) ->
 def _options(tiles: Tiles) -> dict[str, Any]:
     sizes = {"GROUP": GROUP, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "WIDTH": tiles.width}
     return {**sizes, "BULK": tiles.bulk, "PRECISION": tiles.precision, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right in fp32."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
