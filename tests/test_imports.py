@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for room in ("engine", "kernels") for path in (ROOT / room).rglob("*.py"))
 
-GROUND = {"types", "config", "model_config", "architecture", "mesh_rules", "log", "kernels"}
+GROUND = {"types", "config", "model_config", "architecture", "mesh_rules", "routing", "log", "kernels"}
 LOG = {"log", "trace", "progress"}  # the log is three files
 CONFIG = {"config", "model_config"}  # the configuration is two
 
@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "model_config": set(),
     "architecture": {"types", *CONFIG},  # read by the trainer, the rollout engine and the name map alike
     "mesh_rules": {"architecture", *CONFIG},  # read by the trainer and by the check before a run
+    "routing": {"architecture"},  # by the trainer's routers and the rollout engine's
     "kernels": set(),
     "buckets": {"types"},
     "trace": set(),

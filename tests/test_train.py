@@ -227,8 +227,9 @@ def test_every_loss_variant_trains(run_dir: Path, changes: Any) -> None:
 def test_the_rollouts_log_probs_serve_as_reference(run_dir: Path, tmp_path: Path) -> None:
     """They are those of the same weights, so the first update is nearly the same with a forward pass less."""
     shutil.copytree(run_dir, tmp_path / "other")
-    for folder, source in ((run_dir, "recompute"), (tmp_path / "other", "rollout")):
-        loss: Any = LossConfig(reference=source, scale=0.1)
+    sources: list[tuple[Path, Any]] = [(run_dir, "recompute"), (tmp_path / "other", "rollout")]
+    for folder, source in sources:
+        loss = LossConfig(reference=source, scale=0.1)
         trainer = TrainerConfig(updates_per_iteration=1, optimizer=OptimizerConfig(lr=4e-4, eps=1e-4))
         evaluation = EvaluationConfig(every=0, max_prompts=4)
         run_ranks(train, 2, small_toy(folder, steps=1, loss=loss, trainer=trainer, evaluation=evaluation))

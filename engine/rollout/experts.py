@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tandem.engine.architecture import Experts
 from tandem.engine.rollout.products import ROW_MULTIPLE, linear, round_up, swiglu
 from tandem.engine.rollout.weights import LayerWeights
+from tandem.engine.routing import choose, scores_of, weigh
 
 
 def feed_forward(experts: Experts | None, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -27,24 +28,9 @@ def route(experts: Experts, layer: LayerWeights, x: torch.Tensor) -> tuple[torch
     """The experts of each token, [T, K] int64, and the float32 weights of their outputs."""
     assert layer.router_fp32 is not None
     logits_TE = linear(x.float(), layer.router_fp32)
-    # In float64 the number of elements is a multiple of what is computed at a time, for any number of experts.
-    scores_TE = logits_TE.double().sigmoid().float() if experts.scoring == "sigmoid" else logits_TE.softmax(-1)
-    biased_TE = scores_TE if layer.expert_bias is None else scores_TE + layer.expert_bias
-    if experts.num_groups > 1:
-        biased_TE = _within_best_groups(biased_TE, experts)
-    chosen_TK = biased_TE.topk(experts.num_experts_per_tok, dim=-1).indices
-    weights_TK = scores_TE.gather(1, chosen_TK)
-    if experts.norm_topk_prob:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + (1e-20 if experts.scoring == "sigmoid" else 0.0))
-    return chosen_TK, weights_TK * experts.routed_scaling_factor
-
-
-def _within_best_groups(scores_TE: torch.Tensor, experts: Experts) -> torch.Tensor:
-    """-inf outside the groups whose two best experts sum highest (DeepSeek-V3, arXiv:2412.19437, 2.1.2)."""
-    grouped = scores_TE.unflatten(1, (experts.num_groups, -1))
-    best = grouped.topk(2, dim=-1).values.sum(-1).topk(experts.num_groups_per_tok, dim=-1).indices
-    is_closed = torch.ones(grouped.shape[:2], dtype=torch.bool).scatter_(1, best, False)
-    return grouped.masked_fill(is_closed[..., None], -torch.inf).flatten(1)
+    scores_TE = scores_of(logits_TE, experts)
+    chosen_TK = choose(scores_TE, layer.expert_bias, experts)
+    return chosen_TK, weigh(scores_TE, chosen_TK, experts)
 
 
 def _apply_experts(layer: LayerWeights, x: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 
-from tandem.engine.architecture import Architecture, Experts
+from tandem.engine.architecture import Architecture
 from tandem.engine.config import TrainerConfig, check
+from tandem.engine.routing import choose, scores_of, weigh
 from tandem.engine.trainer.batch import LocalBatch, Routing
 
 
@@ -30,32 +31,6 @@ def check_options(config: TrainerConfig, architecture: Architecture) -> None:
         check(experts is not None or value == plain, f"trainer.{name}", value, f"{lacks} experts; set it to {plain}")
     rate = config.moe_bias_update_rate
     check(has_bias or rate == 0, "trainer.moe_bias_update_rate", rate, f"{lacks} expert biases; set it to 0, or use moe_aux_loss_coef")
-
-
-def scores_of(logits_SE: torch.Tensor, experts: Experts) -> torch.Tensor:
-    """Each expert's affinity for each token, from fp32 logits."""
-    return logits_SE.sigmoid() if experts.scoring == "sigmoid" else logits_SE.softmax(-1)
-
-
-def choose(scores_SE: torch.Tensor, bias_E: torch.Tensor | None, experts: Experts) -> torch.Tensor:
-    """[S, K] int64: the experts of the highest scores plus bias, within the groups whose two best experts sum highest."""
-    with torch.no_grad():
-        biased_SE = scores_SE if bias_E is None else scores_SE + bias_E
-        if experts.num_groups > 1:
-            grouped = biased_SE.view(-1, experts.num_groups, experts.num_experts // experts.num_groups)
-            best = grouped.topk(2, dim=-1).values.sum(-1).topk(experts.num_groups_per_tok, dim=-1, sorted=False).indices
-            is_open = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=grouped.device).scatter_(1, best, True)
-            biased_SE = grouped.masked_fill(~is_open[..., None], float("-inf")).view(biased_SE.shape)
-        return biased_SE.topk(experts.num_experts_per_tok, dim=-1, sorted=False).indices
-
-
-def weigh(scores_SE: torch.Tensor, chosen_SK: torch.Tensor, experts: Experts) -> torch.Tensor:
-    """[S, K] weights of the chosen experts' outputs."""
-    weights_SK = scores_SE.gather(1, chosen_SK)
-    if experts.norm_topk_prob:
-        floor = 1e-20 if experts.scoring == "sigmoid" else 0.0  # sigmoids may all be 0, a softmax's may not
-        weights_SK = weights_SK / (weights_SK.sum(-1, keepdim=True) + floor)
-    return weights_SK * experts.routed_scaling_factor
 
 
 class Router(MegatronModule):
