@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from tandem.engine.architecture import Architecture
 from tandem.engine.config import TrainerConfig
+from tandem.engine.trainer import dispatch
 from tandem.engine.trainer.attention import PackedCoreAttention
 from tandem.engine.trainer.batch import LocalBatch
 from tandem.engine.trainer.experts import Experts
@@ -40,8 +41,10 @@ def transformer_config(architecture: Architecture, mesh: Mesh, trainer: TrainerC
             "moe_ffn_hidden_size": experts.intermediate_size,
             "moe_shared_expert_intermediate_size": experts.shared_intermediate_size or None,
             "moe_token_dispatcher_type": trainer.moe_dispatcher,
-            "moe_grouped_gemm": False,
+            "moe_permute_fusion": True,
+            "moe_grouped_gemm": False,  # names Transformer Engine's experts; ours stand in the spec
         }
+        dispatch.install()
     if trainer.recompute == "full":
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif trainer.recompute == "selective":
@@ -96,6 +99,12 @@ def transformer_config(architecture: Architecture, mesh: Mesh, trainer: TrainerC
 
 class Layer(TransformerLayer):
     """Megatron's layer, whose router is told which microbatch it sees: Megatron hands that to attention only."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.is_moe_layer:
+            mlp: Any = self.mlp
+            dispatch.keep_local(mlp)
 
     def forward(self, *args: Any, packed_seq_params: LocalBatch, **kwargs: Any) -> Any:
         if self.is_moe_layer:

@@ -89,19 +89,18 @@ def test_rows_of_views_and_a_frozen_matrix(choice: Any) -> None:
     assert_close(grad_weight, x[4:].sum(0).expand(5, -1), 1e-6)
 
 
-def test_the_reference_has_the_gradient_of_its_value() -> None:
-    """By finite differences, without fp64 in the contract: a bilinear function in steps of 1 is exact up to rounding."""
-    torch.manual_seed(2)
-    x, weight = randn(3, 4).requires_grad_(), randn(2, 4).requires_grad_()
-    with backend.chosen("reference"):
-        value = grouped_linear(x, [weight], offsets_of([3])).sum()
-        grad_x, grad_weight = torch.autograd.grad(value, [x, weight])
-        for tensor, grad, other in ((x, grad_x, weight), (weight, grad_weight, x)):
-            step = torch.zeros_like(tensor)
-            step[1, 2] = 1.0
-            pair = (tensor + step, other) if tensor is x else (other, tensor + step)
-            moved = grouped_linear(pair[0], [pair[1].contiguous()], offsets_of([3])).sum()
-            assert abs((moved - value).item() - grad[1, 2].item()) < 1e-4
+@pytest.mark.parametrize("choice", BACKENDS)
+def test_what_is_no_number_stays_with_its_expert(choice: Any) -> None:
+    """Tiles reach over the ends of groups; 0 times NaN would be NaN."""
+    torch.manual_seed(3)
+    x, weights = randn(12, 20), [randn(9, 20).requires_grad_() for _ in range(3)]
+    x[5] = float("nan")
+    with backend.chosen(choice):
+        out = grouped_linear(x.requires_grad_(), weights, offsets_of([5, 3, 4]))
+        grad_x, *grads = torch.autograd.grad(out, [x, *weights], torch.ones_like(out))
+    assert [row for row in range(12) if out[row].isnan().any()] == [5]
+    assert [e for e, grad in enumerate(grads) if grad.isnan().any()] == [1]
+    assert grad_x.isfinite().all()
 
 
 def test_what_does_not_fit_a_grouped_product_is_named() -> None:
