@@ -254,7 +254,7 @@ def _stats_kernel(
     num_splits = tl.cdiv(vocab_size, COLUMNS * TILES)
     row_tile, split = _tile_of(tl.program_id(0), tl.cdiv(num_tokens, ROWS), num_splits, GROUP)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
-    target = tl.load(targets + rows, mask=rows < num_tokens, other=-1)
+    target = tl.load(targets + rows, mask=rows < num_tokens, other=-1).to(tl.int32)
     scale = 1.0 / tl.load(temperature + rows, mask=rows < num_tokens, other=1.0)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     at_target = tl.full([ROWS], float("-inf"), tl.float32)
@@ -294,7 +294,7 @@ def _dz_kernel(
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     columns = first_column + tl.arange(0, COLUMNS)
     for_rows = rows < num_tokens
-    target = tl.load(targets + rows, mask=for_rows, other=-1)
+    target = tl.load(targets + rows, mask=for_rows, other=-1).to(tl.int32)
     scale = 1.0 / tl.load(temperature + rows, mask=for_rows, other=1.0)
     g = tl.load(grad_logprobs + rows, mask=for_rows, other=0.0)
     logp = logits * scale[:, None] - tl.load(lse + rows, mask=for_rows, other=0.0)[:, None]
@@ -314,7 +314,7 @@ def _row_stats_kernel(logits, targets, temperature, stats, num_tokens, vocab_siz
     """stats [4, t] of one row of stored logits."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * vocab_size
-    target = tl.load(targets + row + tl.arange(0, 1))
+    target = tl.load(targets + row + tl.arange(0, 1)).to(tl.int32)
     scale = 1.0 / tl.load(temperature + row)
     maximum = tl.full([1], float("-inf"), tl.float32)
     at_target = tl.full([1], float("-inf"), tl.float32)
@@ -339,6 +339,6 @@ def _row_dz_kernel(logits, targets, temperature, lse, coefficients, dz, vocab_si
     inside = columns < vocab_size
     scale = 1.0 / tl.load(temperature + row)
     z = tl.load(logits + row.to(tl.int64) * vocab_size + columns, mask=inside, other=0.0) * scale
-    is_target = (columns == tl.load(targets + row)).to(tl.float32)
+    is_target = (columns == tl.load(targets + row).to(tl.int32)).to(tl.float32)
     value = tl.load(coefficients + row) * scale * (is_target - tl.exp(z - tl.load(lse + row)))
     tl.store(dz + row.to(tl.int64) * vocab_size + columns, value.to(dz.dtype.element_ty), mask=inside)
