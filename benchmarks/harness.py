@@ -118,7 +118,7 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"--run {' '.join(sorted(unknown))}: no such implementation; {', '.join(cases[0].runs)} can run here")
     if args.profile == "ncu":
-        sys.exit(_run_ncu(subject, args, sys.argv[1:] if argv is None else argv))
+        sys.exit(_run_ncu(subject, args))
     try:
         rows = _run_cases(subject, cases[:1] if args.quick else cases, device, args)
     except WrongAnswer as error:
@@ -307,18 +307,19 @@ def _profile(subject: str, case: Case, device: torch.device, out: Path, only: Se
         print(profile.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=15))
 
 
-def _run_ncu(subject: Subject, args: argparse.Namespace, argv: Sequence[str]) -> int:
+def _run_ncu(subject: Subject, args: argparse.Namespace) -> int:
     """The same script under Nsight Compute, which replays each kernel within our ranges. Clocks are left as they are."""
     ncu = shutil.which("ncu")
     if ncu is None or not torch.cuda.is_available():
         print("error: --profile ncu needs a GPU and Nsight Compute's `ncu` on the PATH; --profile torch does not", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    rest = [arg for arg, before in zip(argv, ["", *argv], strict=False) if "--profile" not in (arg, before) and arg != "--profile=ncu"]
-    script = str(Path(sys.argv[0]).resolve())
+    script = [sys.executable, str(Path(sys.argv[0]).resolve()), "--quick", "--device", args.device, "--case", args.case]
+    if args.run:
+        script += ["--run", *args.run]
     options = ["--set", "full", "--clock-control", "none", "--nvtx", "--nvtx-include", "regex:tandem .*/", "--force-overwrite"]
     report = args.out / f"{subject.name}.ncu-rep"
-    return subprocess.run([ncu, *options, "--export", str(report), sys.executable, script, *rest, "--quick"], check=False).returncode
+    return subprocess.run([ncu, *options, "--export", str(report), *script], check=False).returncode
 
 
 def _describe(device: torch.device, commit: str) -> dict[str, Any]:

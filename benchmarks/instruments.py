@@ -107,11 +107,17 @@ class Sampler:
         self._samples: list[dict[str, float]] = []
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-        if device.type == "cuda":
+        self._about: dict[str, Any] = {}
+        if device.type != "cuda":
+            return
+        try:
             pynvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
-            self._gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            self._about["driver"] = pynvml.nvmlSystemGetDriverVersion()
+        except pynvml.NVMLError as error:  # the figures stand without clocks; the row says that they are missing
+            self._about["nvml"] = str(error)
+            return
+        self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> "Sampler":
         if self._thread is not None:
@@ -123,13 +129,13 @@ class Sampler:
         if self._thread is not None:
             self._thread.join()
 
-    def report(self) -> dict[str, float]:
-        """Medians of what was sampled; the lowest SM clock and the most memory besides."""
+    def report(self) -> dict[str, Any]:
+        """Medians of what was sampled; the lowest SM clock and the most memory besides. Why there is nothing, where NVML failed."""
         if not self._samples:
-            return {}
+            return self._about
         columns = {name: [sample[name] for sample in self._samples] for name in self._samples[0]}
         found = {name: statistics.median(values) for name, values in columns.items()}
-        return found | {"sm_mhz_min": min(columns["sm_mhz"]), "memory_used_bytes": max(columns["memory_used_bytes"])}
+        return self._about | found | {"sm_mhz_min": min(columns["sm_mhz"]), "memory_used_bytes": max(columns["memory_used_bytes"])}
 
     def _sample(self) -> None:
         while not self._ended.wait(self.INTERVAL_S):
