@@ -148,8 +148,12 @@ def test_tokens_may_have_fewer_experts_than_others_or_none(choice: Any) -> None:
     with backend.chosen(choice):
         plan = route(chosen, num_rows=6, max_per_token=4)
         x = torch.arange(4.0, device=DEVICE)[:, None].expand(4, 3)
-        assert permute(x, plan)[:, 0].tolist() == [2.0, 0.0, 2.0, 0.0, 2.0, 3.0]
-        assert unpermute(permute(x, plan), plan)[:, 0].tolist() == [0.0, 0.0, 6.0, 3.0]
+        rows = permute(x, plan)
+        assert rows[:, 0].tolist() == [2.0, 0.0, 2.0, 0.0, 2.0, 3.0]
+        rows, weights = (torch.cat([part.new_full((1, *part.shape[1:]), float("nan")), part])[1:] for part in (rows, rows[:, 0]))
+        for factors in (None, torch.ones_like(weights)):  # and before the first row lies no row that could be taken for number -1
+            assert unpermute(rows, plan, factors)[:, 0].tolist() == [0.0, 0.0, 6.0, 3.0]
+        assert unpermute(rows, plan, weights)[:, 0].tolist() == [0.0, 0.0, 12.0, 9.0]
     assert plan.place_TK.tolist() == [[1, 3, -1, -1], [-1] * 4, [0, 2, 4, -1], [5, -1, -1, -1]]
 
 
@@ -268,42 +272,44 @@ def test_a_layer_of_experts_is_the_sum_over_a_tokens_experts(num_chosen: int, ch
 COMPILE = """
 import torch
 from tests.kernels.offline import compiling
-from tandem.kernels.grouped_gemm import triton as gemm
-from tandem.kernels.permute import triton as rows
-from tandem.kernels.swiglu import triton as swiglu
+from tandem.kernels.backend import chosen
+from tandem.kernels.grouped_gemm import grouped_linear, triton as gemm
+from tandem.kernels.permute import gather_weights, permute, route, triton as rows, unpermute
+from tandem.kernels.swiglu import weighted_swiglu
 f = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
 i = lambda *shape: f(*shape, dtype=torch.int32)
 T, K, E, H, F = 32768, 8, 128, 2048, 768
 with compiling(90) as compiled:
-    for tokens in (T, 512):  # many rows for each expert, and few
-        gemm.forward(f(tokens * K, H), [f(2 * F, H)] * E, i(E + 1))
-        gemm.grad_rows(f(tokens * K, 2 * F), [f(2 * F, H)] * E, i(E + 1))
+    # Qwen3-30B-A3B. Meta tensors have no values: whatever asked for one would fail.
+    x, scores = f(T, H).requires_grad_(), f(T, E, dtype=torch.float32).requires_grad_()
+    first, second = ([f(*shape).requires_grad_() for _ in range(E)] for shape in ((2 * F, H), (H, F)))
+    with chosen("triton"):
+        plan = route(f(T, E, dtype=torch.bool), num_rows=T * K, max_per_token=K)
+        inner = weighted_swiglu(grouped_linear(permute(x, plan), first, plan.offsets_E1), gather_weights(scores, plan))
+        out = unpermute(grouped_linear(inner, second, plan.offsets_E1), plan)
+        torch.autograd.grad(out, [x, scores, *first, *second], f(T, H))
+    rows.unpermute_gradients(f(T, H), f(T * K, H), f(T * K, dtype=torch.float32), i(T * K))
+    gemm.forward(f(4096, H), [f(2 * F, H)] * E, i(E + 1))  # few rows for each expert
+    gemm.grad_rows(f(4096, 2 * F), [f(2 * F, H)] * E, i(E + 1))
     for width in (F - 16, F - 8):  # a tile is not full at the end; rows begin anywhere
         gemm.forward(f(T * K, width), [f(H, width)] * E, i(E + 1))
-    gemm.grad_weights(f(T * K, 2 * F), f(T * K, H), i(E + 1))
     gemm.grad_weights(f(T * K, H), f(T * K, 96), i(E + 1))
     gemm.forward(f(T, H, dtype=torch.float32), [f(2 * F, H, dtype=torch.float32)] * E, i(E + 1))
     gemm.grad_weights(f(T, F, dtype=torch.float32), f(T, H, dtype=torch.float32), i(E + 1))
-    source, place, _ = rows.route(f(T, E, dtype=torch.bool), T * K, K)
-    rows.gather(f(T, H), source)
-    rows.gather_sum(f(T * K, H), place, f(T * K, dtype=torch.float32))
-    rows.unpermute_gradients(f(T, H), f(T * K, H), f(T * K, dtype=torch.float32), source)
-    swiglu.weighted_forward(f(T * K, 2 * F), f(T * K, dtype=torch.float32))
-    swiglu.weighted_backward(f(T * K, F), f(T * K, 2 * F), f(T * K, dtype=torch.float32))
 """
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="runs on the real chip instead")
-def test_the_kernels_compile_for_hopper_without_spills() -> None:
+def test_the_kernels_compile_for_hopper_without_spills_and_no_value_is_asked_for() -> None:
     compiled = compile_offline(COMPILE)
     products = [kernel for kernel in compiled if kernel.name in ("_rows_kernel", "_weights_kernel")]
-    assert len(products) == 10
-    assert len(compiled) == 10 + 7 + 7  # 7 tables of tiles
+    assert len(products) == 6 + 7
+    assert len(compiled) == len(products) + 9 + 8 + 1  # tables of tiles, the layer's others, the weights' gradient in unpermute
     for kernel in compiled:
         assert kernel.stack_bytes == 0, kernel
         assert kernel.opcodes["LDL"] == kernel.opcodes["STL"] == 0, kernel
         assert kernel.shared_bytes <= SHARED_MEMORY_LIMIT[90], kernel
-    for kernel in products[:8]:  # the others are in fp32
+    for kernel in products[:11]:  # the others are in fp32
         assert kernel.opcodes["HGMMA"] > 0, kernel
-    for kernel in products[:5]:
+    for kernel in products[:8]:
         assert kernel.opcodes["LDGSTS"] > 16, f"one of its operands is not copied ahead: {kernel}"
