@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tandem.kernels.attention.plan import AttentionPlan
 from tandem.kernels.attention.triton import LOG2_E, Tile, descriptors, tiles_of, widths_of
@@ -39,28 +40,35 @@ def _row_sums(
 
 @triton.jit
 def _keys_tile(
-    dk0, dk1, dv, k0, k1, v, q0_desc, q1_desc, grad_desc, lse_ptr, delta_ptr, places_ptr, place_k, ends, m, row_offset, q_column,
-    grad_column, scale_log2, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, BLOCK_Q: tl.constexpr, MASKED: tl.constexpr,
+    dk0, dk1, dv, k0, k1, v, q0_desc, q1_desc, grad_desc, lse_desc, delta_desc, places_ptr, ends_ptr, key_start, m, row_offset, q_column,
+    grad_column, scale_log2, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries of tile m give to dK and dV. Scores are transposed, keys by queries."""
+    """Add what the queries of tile m give to dK and dV. Scores are transposed, keys by queries.
+
+    The exponentials need the first product alone and follow the second one, so that the assembler can spread them between its
+    instructions: tensor cores and the others then work at the same time.
+    """
     start = m * BLOCK_Q
-    rows = start + tl.arange(0, BLOCK_Q)
+    # Both products start from what is subtracted of them: it then takes no registers while they are computed.
+    base = lse_desc.load([row_offset + start]) / -scale_log2
     q0 = q0_desc.load([start, q_column])
     q1 = q0
-    scores = tl.dot(k0, q0.T, input_precision="ieee")
+    scores = tl.dot(k0, q0.T, tl.broadcast_to(base[None, :], [BLOCK_K, BLOCK_Q]), input_precision="ieee")
     if WIDTH_1:
         q1 = q1_desc.load([start, q_column + WIDTH_0])
         scores = tl.dot(k1, q1.T, scores, input_precision="ieee")
-    lse = tl.load(lse_ptr + row_offset + rows)
-    probs = tl.math.exp2(scores * scale_log2 - lse[None, :])
-    if MASKED:
-        place_q = tl.load(places_ptr + rows)
-        probs = tl.where((place_k[:, None] <= place_q[None, :]) & (place_q[None, :] < ends[:, None]), probs, 0.0)
+    delta = delta_desc.load([row_offset + start])
     grad = grad_desc.load([start, grad_column])
+    grad_probs = tl.dot(v, grad.T, tl.broadcast_to(-delta[None, :], [BLOCK_K, BLOCK_Q]), input_precision="ieee")
+    probs = tl.math.exp2(scores * scale_log2)
+    if MASKED:
+        place_q = tl.load(places_ptr + start + tl.arange(0, BLOCK_Q))
+        place_k = key_start + tl.arange(0, BLOCK_K)
+        ends = tl.load(ends_ptr + place_k)
+        probs = tl.where((place_k[:, None] <= place_q[None, :]) & (place_q[None, :] < ends[:, None]), probs, 0.0)
     dv = tl.dot(probs.to(grad.dtype), grad, dv, input_precision="ieee")
-    grad_probs = tl.dot(v, grad.T, input_precision="ieee")
-    delta = tl.load(delta_ptr + row_offset + rows)
-    grad_scores = (probs * (grad_probs - delta[None, :])).to(q0.dtype)
+    grad_scores = (probs * grad_probs).to(q0.dtype)
     dk0 = tl.dot(grad_scores, q0, dk0, input_precision="ieee")
     if WIDTH_1:
         dk1 = tl.dot(grad_scores, q1, dk1, input_precision="ieee")
@@ -69,8 +77,8 @@ def _keys_tile(
 
 @triton.jit
 def _backward_keys(
-    q0_desc, q1_desc, k0_desc, k1_desc, v_desc, grad_desc, dk0_desc, dk1_desc, dv_desc, lse_ptr, delta_ptr, places_ptr, ends_ptr, order_ptr,
-    bounds_ptr, num_groups, padded_queries, q_head, k_head, v_head, grad_head, scale_log2, scale, grad_start,
+    q0_desc, q1_desc, k0_desc, k1_desc, v_desc, grad_desc, dk0_desc, dk1_desc, dv_desc, lse_desc, delta_desc, places_ptr, ends_ptr,
+    order_ptr, bounds_ptr, num_groups, padded_queries, q_head, k_head, v_head, grad_head, scale_log2, scale, grad_start,
     HEADS_PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -79,8 +87,6 @@ def _backward_keys(
     group = program % num_groups
     tile = tl.load(order_ptr + program // num_groups)
     start = tile * BLOCK_K
-    place_k = start + tl.arange(0, BLOCK_K)
-    ends = tl.load(ends_ptr + place_k)
     k0 = k0_desc.load([start, group * k_head])
     v = v_desc.load([start, group * v_head])
     dk0 = tl.zeros([BLOCK_K, WIDTH_0], tl.float32)
@@ -99,9 +105,9 @@ def _backward_keys(
     for i in tl.range(0, num_whole * HEADS_PER_GROUP, num_stages=STAGES):
         head = group * HEADS_PER_GROUP + i // num_whole
         dk0, dk1, dv = _keys_tile(
-            dk0, dk1, dv, k0, k1, v, q0_desc, q1_desc, grad_desc, lse_ptr, delta_ptr, places_ptr, place_k, ends,
-            first_whole + i % num_whole, head.to(tl.int64) * padded_queries, head * q_head, head * grad_head, scale_log2,
-            WIDTH_0, WIDTH_1, BLOCK_Q, False,
+            dk0, dk1, dv, k0, k1, v, q0_desc, q1_desc, grad_desc, lse_desc, delta_desc, places_ptr, ends_ptr, start,
+            first_whole + i % num_whole, head * padded_queries, head * q_head, head * grad_head, scale_log2,
+            WIDTH_0, WIDTH_1, BLOCK_Q, BLOCK_K, False,
         )  # fmt: skip
     num_before = first_whole - first
     num_masked = num_before + end - end_whole
@@ -109,11 +115,11 @@ def _backward_keys(
         head = group * HEADS_PER_GROUP + i // num_masked
         m = i % num_masked
         dk0, dk1, dv = _keys_tile(
-            dk0, dk1, dv, k0, k1, v, q0_desc, q1_desc, grad_desc, lse_ptr, delta_ptr, places_ptr, place_k, ends,
-            tl.where(m < num_before, first + m, end_whole + m - num_before), head.to(tl.int64) * padded_queries, head * q_head,
-            head * grad_head, scale_log2, WIDTH_0, WIDTH_1, BLOCK_Q, True,
+            dk0, dk1, dv, k0, k1, v, q0_desc, q1_desc, grad_desc, lse_desc, delta_desc, places_ptr, ends_ptr, start,
+            tl.where(m < num_before, first + m, end_whole + m - num_before), head * padded_queries, head * q_head,
+            head * grad_head, scale_log2, WIDTH_0, WIDTH_1, BLOCK_Q, BLOCK_K, True,
         )  # fmt: skip
-    has_grad = (place_k >= grad_start)[:, None]
+    has_grad = (start + tl.arange(0, BLOCK_K) >= grad_start)[:, None]
     dk0_desc.store([start, group * WIDTH], tl.where(has_grad, dk0 * scale, 0.0).to(dk0_desc.dtype))
     if WIDTH_1:
         dk1_desc.store([start, group * WIDTH + WIDTH_0], tl.where(has_grad, dk1 * scale, 0.0).to(dk1_desc.dtype))
@@ -125,7 +131,7 @@ def _queries_tile(
     dq0, dq1, q0, q1, grad, lse, delta, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n, k_column, v_column, scale_log2,
     WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what the keys of tile n give to dQ."""
+    """Add what the keys of tile n give to dQ. The order of products and exponentials is as in `_keys_tile`, and for its reason."""
     start = n * BLOCK_K
     k0 = k0_desc.load([start, k_column])
     k1 = k0
@@ -240,8 +246,9 @@ def attention_backward(
         )
 
     tile = tiles.keys
+    by_row = [TensorDescriptor(x.view(-1), [x.numel()], [1], [tile.block_q]) for x in (lse_used_NP, delta_NP)]
     _backward_keys[(len(by_key.key_order_B) * num_groups,)](
-        *operands(tile), *descriptors(dk, tile.block_k), descriptors(dv, tile.block_k)[0], lse_used_NP, delta_NP, places, ends,
+        *operands(tile), *descriptors(dk, tile.block_k), descriptors(dv, tile.block_k)[0], *by_row, places, ends,
         by_key.key_order_B, by_key.key_bounds_B4, num_groups, padded_queries, *strides, scale * LOG2_E, scale, grad_start,
         **shared, VALUE_WIDTH=value_width,
         BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, STAGES=tile.num_stages, num_warps=tile.num_warps,
