@@ -41,16 +41,26 @@ class Tiles:
     queries: Tile
 
 
-def tiles_of(dtype: torch.dtype, width: int, value_width: int) -> Tiles:
-    """The tiles for queries and keys of this width. None of them spills registers on sm_90; the sizes are not tuned on hardware."""
-    if dtype == torch.float32:
+def tiles_of(q_TND: torch.Tensor, value_width: int) -> Tiles:
+    """The tiles for these queries. None of them spills registers when compiled for Hopper; their sizes are not tuned on hardware."""
+    width = max(q_TND.shape[2], value_width)
+    if q_TND.dtype == torch.float32:
         return Tiles(forward=Tile(32, 32, 4, 1), keys=Tile(32, 32, 4, 1), queries=Tile(32, 32, 4, 1))
+    if q_TND.is_cuda and torch.cuda.get_device_capability(q_TND.device) < (9, 0):
+        return tiles_before_hopper(width)
     queries = Tile(128, 64, 8, 2)
-    if max(width, value_width) <= 64:
+    if width <= 64:
         return Tiles(forward=Tile(128, 64, 4, 3), keys=Tile(64, 128, 8, 2), queries=queries)
-    if max(width, value_width) <= 128:
+    if width <= 128:
         return Tiles(forward=Tile(128, 128, 8, 2), keys=Tile(64, 128, 8, 2), queries=queries)
     return Tiles(forward=Tile(128, 64, 8, 3), keys=Tile(32, 128, 8, 2), queries=queries)
+
+
+def tiles_before_hopper(width: int) -> Tiles:
+    """Without bulk copies descriptors become pointers, which take many registers; a width of 192 still spills some for dQ."""
+    if width <= 128:
+        return Tiles(forward=Tile(64, 32, 8, 2), keys=Tile(32, 64, 8, 2), queries=Tile(64, 32, 8, 2))
+    return Tiles(forward=Tile(32, 32, 8, 2), keys=Tile(32, 32, 8, 2), queries=Tile(32, 32, 8, 2))
 
 
 @triton.jit
@@ -164,7 +174,7 @@ def attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output and the log-sum-exp [N, P] in powers of two, +inf where a row is padding."""
     (num_queries, num_heads, width), num_groups, value_width = q_TND.shape, k_SGD.shape[1], v_SGD.shape[2]
-    tile = tiles_of(q_TND.dtype, width, value_width).forward
+    tile = tiles_of(q_TND, value_width).forward
     tiles, (places, ends) = plan.tiles(tile.block_q, tile.block_k), plan.places()
     out_TND = q_TND.new_empty((num_queries, num_heads, value_width))
     lse_NP = torch.full((num_heads, places.shape[0]), torch.inf, dtype=torch.float32, device=q_TND.device)

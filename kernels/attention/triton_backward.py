@@ -212,7 +212,7 @@ def attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v from those of the output and of the log-sum-exp in nats."""
     (num_queries, num_heads, width), num_groups, value_width = q_TND.shape, k_SGD.shape[1], v_SGD.shape[2]
-    tiles = tiles_of(q_TND.dtype, width, value_width)
+    tiles = tiles_of(q_TND, value_width)
     places, ends = plan.places()
     padded_queries = lse_NP.shape[1]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_TND, k_SGD, v_SGD))
