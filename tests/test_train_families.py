@@ -39,7 +39,8 @@ def model_folder(folder: Path, family: str, dtype: torch.dtype) -> Path:
     """A random model with the project's own tokenizer."""
     tokenizer = load_tokenizer(None)
     torch.manual_seed(0)
-    model = hf_model(family, vocab_size=padded_vocab_size(tokenizer)).to(dtype)
+    model = hf_model(family, vocab_size=padded_vocab_size(tokenizer))
+    torch.nn.Module.to(model, dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
