@@ -250,6 +250,13 @@ def test_triton_equals_brute_force_with_gradients(case: str, dtype: torch.dtype)
         _check(visible_end, heads, groups, widths=widths, dtype=dtype, device=DEVICE, **tolerances, **options)
 
 
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (192, 128)])
+def test_the_tiles_of_a_real_run_give_the_same(widths: tuple[int, int]) -> None:
+    visible_end = _random_mask(np.random.default_rng(widths[0]), 300, 3, 260)
+    with chosen("triton"):
+        _check(visible_end, 2, 1, widths=widths, dtype=torch.bfloat16, tolerance=4e-3, grad_tolerance=8e-3, grad_start=131, device=DEVICE)
+
+
 @pytest.mark.usefixtures("small_tiles")
 def test_triton_takes_strided_tensors_and_expanded_gradients() -> None:
     visible_end = torch.tensor([50] * 50)
@@ -267,14 +274,15 @@ def test_triton_takes_strided_tensors_and_expanded_gradients() -> None:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("size", [1e-4, 100.0])
 def test_triton_is_exact_for_very_small_and_very_large_scores(size: float) -> None:
+    torch.manual_seed(0)
     visible_end = torch.tensor([40] * 40)
     q, k, v = (torch.randn(40, 1, 64) * s for s in (size, size, 1.0))
     with chosen("triton"):
         out, lse = packed_attention(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), visible_end.to(DEVICE), return_lse=True)
     wanted, wanted_lse = _brute_force(q.double(), k.double(), v.double(), _visible(visible_end))
     assert torch.isfinite(out).all()
-    # Scores of 1e5 in fp32 are known to 1e-2, which their softmax then multiplies.
-    assert _relative(out, wanted) <= 1e-5 * max(1.0, size)
+    # Scores up to 4e4 are known to 4e-3 in fp32: the share of two that are nearly equal, to a quarter of that.
+    assert _relative(out, wanted) <= (1e-5 if size < 1 else 4e-3)
     assert ((lse.cpu() - wanted_lse) / wanted_lse.abs().clamp(min=1.0)).abs().max() <= 1e-6
 
 
