@@ -83,7 +83,14 @@ class Parts:
             load_hf_weights(Path(config.model.path), self.trainer)
 
         self.engine = self._start_engine(hf_config, stack) if run.is_leader else None
-        self.weights = WeightSwap(self.trainer, self.engine, config.swap, control_group=run.control, log=run.log)
+        self.weights = WeightSwap(
+            self.trainer,
+            self.engine,
+            config.swap,
+            control_group=run.control,
+            log=run.log,
+            revive=lambda: self.generation.replace_dead_engine("in a swap"),
+        )
         stack.callback(self.weights.close)
         self.judge = Judge(config.reward, self.tokenizer)
         self.sampler = PromptSampler(config.sampling, prompts, seed=config.seed) if run.rank == 0 else None

@@ -53,8 +53,14 @@ class Generation:
         self.num_tokens = self.num_reused = 0
         rest_s = SAFETY * (time.monotonic() - self._ended_s + save_s)
         self.reserve_s = math.inf if math.isnan(rest_s) else rest_s
-        if self._engine is not None and not self._engine.is_alive:
-            self._replace_engine(EngineDiedError("the rollout engine died between two phases"))
+        self.replace_dead_engine("between two phases")
+
+    def replace_dead_engine(self, when: str) -> bool:
+        """Replace this leader's engine if it died, outside of a generation. Returns whether it had."""
+        if self._engine is None or self._engine.is_alive:
+            return False
+        self._replace_engine(EngineDiedError(f"the rollout engine died {when}"))
+        return True
 
     def generate(
         self, groups: Sequence[Group], step: int, *, token_budget: int | None = None, temperature: float | None = None
@@ -96,7 +102,12 @@ class Generation:
         self._has_died = False
         if self._engine is None or self._was_cut:
             return
-        config, weights_digest = self._run.config, self._engine.weights_digest
+        config = self._run.config
+        try:
+            weights_digest = self._engine.weights_digest
+        except EngineDiedError as error:
+            self._replace_engine(error)
+            return
         recorded = on_completion = None
         if temperature is None and weights_digest is not None:
             recorded = functools.partial(self._recorded, step, weights_digest)

@@ -111,13 +111,18 @@ def run_dir(warm_started: Path, tmp_path: Path) -> Iterator[Path]:
     assert not left
 
 
+# Inherited by every process that these tests start, so that they find their own and no other session's.
+SESSION = f"TANDEM_TEST_SESSION={os.getpid()}"
+os.environ.update([SESSION.split("=")])
+
+
 def engines_running() -> list[int]:
-    """Process ids of the rollout engines that tests started."""
+    """Process ids of the rollout engines that these tests started."""
     found = subprocess.run(["pgrep", "-f", "tandem.engine.rollout.embedded_worker"], capture_output=True, text=True, check=False)
     of_tests = []
     for pid in found.stdout.split():
         with contextlib.suppress(OSError):
-            if b"PYTEST_CURRENT_TEST" in Path(f"/proc/{pid}/environ").read_bytes():
+            if SESSION.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 of_tests.append(int(pid))
     return of_tests
 
@@ -171,9 +176,11 @@ def test_a_killed_run_goes_on_bit_for_bit(warm_started: Path, tmp_path: Path) ->
 
     pid = os.fork()
     if pid == 0:
-        os.setpgid(0, 0)
-        run_ranks(train, 2, small_toy(killed, **changes))
-        os._exit(0)
+        try:
+            os.setpgid(0, 0)
+            run_ranks(train, 2, small_toy(killed, **changes))
+        finally:
+            os._exit(0)
     deadline = time.monotonic() + 60
     while not any(line["step"] == 1 for line in steps_of(killed)) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -384,9 +391,13 @@ def test_gsm8k_takes_the_toys_place_by_one_option(tmp_path: Path) -> None:
 def test_a_killed_engine_is_replaced_and_its_responses_are_generated_again(run_dir: Path) -> None:
     pid = os.fork()
     if pid == 0:
-        os.setpgid(0, 0)
-        run_ranks(train, 2, small_toy(run_dir, steps=6))
-        os._exit(0)
+        status = 1
+        try:
+            os.setpgid(0, 0)
+            run_ranks(train, 2, small_toy(run_dir, steps=6))
+            status = 0
+        finally:
+            os._exit(status)
     deadline = time.monotonic() + 60
     for step in (0, 2):
         while not any(line["step"] == step for line in steps_of(run_dir)) and time.monotonic() < deadline:

@@ -8,7 +8,7 @@ counters in shared memory; all ranks agree through a process group of their own.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,8 @@ class WeightSwap:
         dtype: type in which the engines receive the weights; None: that of the parameters.
         node: name of the machine that this rank shares memory on; None: found out.
         log: where swaps are timed, as the phase "swap".
+        revive: called after a swap that failed; replaces this rank's engine if it died, and tells whether it did. If one was replaced on
+            any rank, the swap is tried once more.
     """
 
     def __init__(
@@ -93,9 +95,10 @@ class WeightSwap:
         dtype: torch.dtype | None = None,
         node: str | None = None,
         log: RunLog | None = None,
+        revive: Callable[[], bool] | None = None,
     ) -> None:
         self._source, self._sink, self._config, self._dtype = source, sink, config, dtype
-        self._log = log
+        self._log, self._revive = log, revive
         self._node = _node_name() if node is None else node
         self._agreement = Agreement(control_group, timeout_s=_AGREE_FACTOR * config.timeout_s, who_is_lost=self._check_peers)
         self._rank = self._agreement.rank
@@ -126,7 +129,13 @@ class WeightSwap:
             )
         if needed or self._policy_version != policy_version:
             with self._log.phase("swap") if self._log is not None else nullcontext({}) as args:
-                stats = self._swap(policy_version)
+                try:
+                    stats = self._swap(policy_version)
+                except WeightTransferError:
+                    replaced = self._revive is not None and self._revive()
+                    if not any(self._agreement.reduce_max("look at the engines", int(replaced))):
+                        raise
+                    stats = self._swap(policy_version)
                 args.update(bytes=stats.num_bytes, gigabytes_per_s=stats.gigabytes_per_s)
         yield
 

@@ -120,6 +120,37 @@ def test_a_fault_on_either_side_leaves_the_old_version_everywhere(fault: str, me
     assert re.search(message, errors.pop(), re.DOTALL)
 
 
+def swap_past_a_death() -> tuple[list[int], int]:
+    """Rank 1's engine dies as the swap to version 1 begins; it is replaced, and the swap is done once more."""
+    rank = dist.get_rank()
+    engine = start_engine(20.0)
+    revived: list[int] = []
+
+    def revive() -> bool:
+        if engine.is_alive:
+            return False
+        engine.restart()
+        revived.append(rank)
+        return True
+
+    source = Source(DENSE, (2, 1, 1, 1), rank)
+    swap = WeightSwap(source, engine, SwapConfig(bucket_bytes=4096, timeout_s=20), control_group=group(), revive=revive)
+    with swap.serving(0):
+        before = served(engine)
+    source.set_version(1)
+    if rank == 1:
+        os.kill(engine.pid, signal.SIGKILL)
+    with swap.serving(1):
+        assert served(engine) != before
+    version = engine.policy_version
+    engine.close()
+    return revived, version
+
+
+def test_a_swap_is_done_once_more_when_its_engine_was_replaced() -> None:
+    assert run_ranks(swap_past_a_death, 2) == [([], 1), ([1], 1)]
+
+
 def test_a_stream_of_another_model_is_refused() -> None:
     assert "has shape" in run_ranks(swap_another_model, 1)[0]
 
