@@ -101,7 +101,7 @@ def test_expert_biases_stay_in_fp32_through_a_bf16_run(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model", "deepseek_v3", torch.bfloat16)
     trainer = TrainerConfig(dtype="bfloat16", optimizer=OptimizerConfig(lr=1e-3))
     config = small_run(tmp_path, folder, mesh=MeshConfig(), trainer=trainer, rollout=RolloutConfig(max_response_tokens=44))
-    run_ranks(train, 1, config)
+    run_ranks(train, 2, config)  # one thread each: a forked rank must not use threads that its parent has started
     export(tmp_path / "run", tmp_path / "exported")
     tensors = load_file(next(iter((tmp_path / "exported").glob("*.safetensors"))))
     assert tensors[BIAS].dtype == torch.float32
