@@ -26,7 +26,7 @@ from tandem.engine.data.tokenizer import load_tokenizer, padded_vocab_size
 from tandem.engine.log import read_metrics
 from tandem.engine.train import train
 from tests.ranks import run_ranks
-from tests.test_train import export, small_toy
+from tests.small_toy import export, small_toy
 from tests.trainer.families import hf_model
 
 pytestmark = pytest.mark.distributed
