@@ -32,6 +32,7 @@ SIZES: Mapping[str, Any] = {
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
     "attn_implementation": "eager",
+    "experts_implementation": "eager",  # the others have no fp64
 }
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 LLAMA3_ROPE = {

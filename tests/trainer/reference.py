@@ -1,6 +1,7 @@
 """What one Hugging Face model in one process makes of a batch: log-probs, losses, every gradient, and weights after two AdamW steps.
 
-The losses are written out here per row, in fp64 and apart from `tandem.kernels.policy_loss`. Tensors have their names on disk.
+In fp64 throughout, so that what the trainer differs by is the trainer's own rounding. The losses are written out here per row, apart
+from `tandem.kernels.policy_loss`. Tensors have their names on disk.
 
 Shapes: P prompt and N response tokens of a row.
 """
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tandem.engine.algo.pack import TrainingRow
 from tandem.engine.config import LossConfig, OptimizerConfig
@@ -76,7 +78,7 @@ class Reference:
     hf_config: Mapping[str, Any]
     rows: Sequence[TrainingRow]
     weights: Mapping[str, torch.Tensor]
-    logprobs: Mapping[int, torch.Tensor]  # [N] fp32 by row id
+    logprobs: Mapping[int, torch.Tensor]  # [N] by row id
     entropies: Mapping[int, torch.Tensor]
     reference_logprobs: Mapping[int, torch.Tensor]
     gradients: Mapping[str, Gradients]  # by loss
@@ -127,12 +129,27 @@ def row_loss(loss: LossConfig | None, row: TrainingRow, logprobs_N: torch.Tensor
             return -(weight * (advantage * bounded - loss.tau * (policy - reference) ** 2)).sum()
 
 
+class _Float64(TorchFunctionMode):
+    """float64 wherever float32 is asked for: transformers casts to that in norms, rotary embeddings, softmax and routers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        def wider(x: Any) -> Any:
+            return torch.float64 if x is torch.float32 else x
+
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        return func(*map(wider, args), **{name: wider(x) for name, x in (kwargs or {}).items()})
+
+
 def _statistics(model: torch.nn.Module, row: TrainingRow) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies of the response tokens, [N] fp32 each; the sequence on its own."""
+    """Log-probs and entropies of the response tokens, [N] each, fp64 or (of a model in less) fp32; the sequence on its own."""
     if not row.num_tokens:
         return torch.zeros(0), torch.zeros(0)
     ids = torch.from_numpy(np.concatenate([row.prompt_ids, row.response_ids]).astype(np.int64))
-    logits = model(ids[None, :-1]).logits[0, len(row.prompt_ids) - 1 :].float() / TEMPERATURE
+    is_exact = next(model.parameters()).dtype == torch.float64
+    with _Float64() if is_exact else contextlib.nullcontext():
+        logits = model(ids[None, :-1]).logits[0, len(row.prompt_ids) - 1 :]
+    logits = (logits if is_exact else logits.float()) / TEMPERATURE
     all_logprobs = logits.log_softmax(-1)
     entropies = torch.distributions.Categorical(logits=logits).entropy()
     return all_logprobs.gather(1, ids[len(row.prompt_ids) :, None])[:, 0], entropies.detach()
@@ -144,7 +161,7 @@ def _router_logits(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     logits: list[torch.Tensor] = []
 
     def note(router: Any, inputs: tuple[torch.Tensor, ...], _: Any) -> None:
-        logits.append(inputs[0].flatten(0, -2).float() @ router.weight.float().T)
+        logits.append(inputs[0].flatten(0, -2).to(router.weight.dtype) @ router.weight.T)
 
     hooks = [module.register_forward_hook(note) for name, module in model.named_modules() if name.endswith("mlp.gate")]
     yield logits
@@ -165,7 +182,7 @@ def make_reference(
     num_layers: int = 4,
     rows: Sequence[TrainingRow] | None = None,
     losses: Mapping[str, LossConfig | None] = LOSSES,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float64,
     weights_dtype: torch.dtype = torch.float32,
     reference_logprobs: Mapping[int, torch.Tensor] | None = None,
     aux_loss_coef: float = 0.0,
@@ -173,7 +190,7 @@ def make_reference(
     """Run the family's tiny model.
 
     Args:
-        dtype: of weights and activations; AdamW steps fp32 copies of the weights.
+        dtype: of weights and activations; AdamW steps copies of the weights in fp64, or fp32 for a model in less.
         weights_dtype: the weights at the start are rounded to this first.
         aux_loss_coef: weight of the balance loss, which takes part in the gradients of `losses` and not in their values or the two steps.
         reference_logprobs: by row id, [N] fp32. None: the model's own with noise, far enough from it for some ratios to be clipped.
@@ -182,7 +199,8 @@ def make_reference(
     model: Any = hf_model(family, num_hidden_layers=num_layers)
     model.to(weights_dtype).to(dtype)
     config = model.config
-    masters = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
+    exact = torch.promote_types(dtype, torch.float32)
+    masters = {name: parameter.detach().to(exact).clone() for name, parameter in model.named_parameters()}
     weights = disk_weights(model)
     generator = torch.Generator().manual_seed(3)
     logprobs, entropies, references = {}, {}, {}
@@ -190,11 +208,11 @@ def make_reference(
         found, entropies[row.row_id] = _statistics(model, row)
         logprobs[row.row_id] = found.detach()
         noise = 0.3 * torch.randn(len(found), generator=generator)
-        references[row.row_id] = found.detach() + noise if reference_logprobs is None else reference_logprobs[row.row_id]
+        references[row.row_id] = found.detach().float() + noise if reference_logprobs is None else reference_logprobs[row.row_id]
 
     def backward(loss: LossConfig | None, rows: Sequence[TrainingRow], aux_loss_coef: float = 0.0) -> float:
         model.zero_grad()
-        total, balance = torch.zeros((), dtype=torch.float64), torch.zeros(())
+        total, balance = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=exact)
         with _router_logits(model) as logits_of_layers:
             for row in rows:
                 total = total + row_loss(loss, row, _statistics(model, row)[0], references[row.row_id])
@@ -221,7 +239,7 @@ def make_reference(
     for num_rows in NUM_ROWS_OF_STEPS:
         backward(LOSSES[STEPPED], rows[:num_rows])
         for name, parameter in model.named_parameters():
-            masters[name].grad = torch.zeros_like(masters[name]) if parameter.grad is None else parameter.grad.float()
+            masters[name].grad = torch.zeros_like(masters[name]) if parameter.grad is None else parameter.grad.to(exact)
         grad_norms.append(torch.nn.utils.clip_grad_norm_(list(masters.values()), ADAM.clip_grad).item())
         adam.step()
         for name, parameter in model.named_parameters():
