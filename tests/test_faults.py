@@ -256,15 +256,19 @@ def test_a_journal_that_may_grow_no_more_ends_the_run_and_loses_nothing(run_dir:
 
 
 @pytest.mark.slow
-def test_a_flipped_bit_in_the_newest_checkpoint_goes_back_to_the_one_before(
-    run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("damage", ["a bit is flipped", "cut off"])
+def test_a_damaged_newest_checkpoint_goes_back_to_the_one_before(
+    damage: str, run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
     launched = Launched(faulty_run(run_dir), tmp_path / "killed")
     newest = run_dir / "checkpoints" / "step_00000002"
     kill_once_saved(launched, newest)
     file = max((newest / "state").glob("*.distcp"), key=lambda file: file.stat().st_size)
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    if damage == "cut off":
+        del content[-100:]
+    else:
+        content[len(content) // 2] ^= 1
     file.write_bytes(content)
     finish(run_dir, tmp_path / "resumed")
     shutil.rmtree(newest.with_name("damaged_step_00000002"))
