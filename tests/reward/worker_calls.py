@@ -1,0 +1,53 @@
+"""What the tests of the worker pool have done in workers: good and bad calls."""
+
+import os
+import signal
+import time
+from typing import Any
+
+
+def add(a: int, b: int) -> int:
+    return a + b
+
+
+def pid() -> int:
+    return os.getpid()
+
+
+def sleep(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def compute_forever() -> int:
+    """One operation in C that holds the interpreter's lock for ages: neither a thread nor a signal handler would get to run."""
+    return len(str(9 ** (9**9)))
+
+
+def fill_memory() -> int:
+    return len(b"x" * (4 << 30))
+
+
+def fill_memory_and_hide_it() -> bool:
+    pieces = []
+    try:
+        while True:
+            pieces.append(b"x" * (16 << 20))
+    except MemoryError:
+        return False
+
+
+def crash() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def fail(text: str) -> None:
+    raise ArithmeticError(text)
+
+
+def unpicklable() -> Any:
+    return lambda: None
+
+
+def fail_to_start() -> None:
+    raise ImportError("no sympy here")
