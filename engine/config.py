@@ -13,6 +13,9 @@ from typing import Any, Literal, TypeVar
 
 from tandem.engine.model_config import MeshConfig, ModelConfig, SFTStage, TrainerConfig, check
 from tandem.engine.model_config import OptimizerConfig as OptimizerConfig  # recipes find every class here
+from tandem.engine.rollout_config import RepetitionConfig as RepetitionConfig
+from tandem.engine.rollout_config import RolloutConfig
+from tandem.engine.rollout_config import SGLangConfig as SGLangConfig
 
 T = TypeVar("T")
 
@@ -175,61 +178,6 @@ class SamplingConfig:
         check(self.priority_floor >= 0, "sampling.priority_floor", self.priority_floor, "it must not be negative")
         check(0 < self.success_decay <= 1, "sampling.success_decay", self.success_decay, "it must lie in (0, 1]")
         check(self.curriculum_steps >= 0, "sampling.curriculum_steps", self.curriculum_steps, "it must not be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RepetitionConfig:
-    """When decoding is stopped because a response repeats itself."""
-
-    max_period: int = 64
-    """Longest period watched, in tokens; 0 turns the exact test off."""
-    min_repeats: int = 8
-    """A cycle is a repetition once it was seen this many times in a row."""
-    min_tokens: int = 32
-    """A cycle must also cover this many tokens, so that short runs of one token pass."""
-    ngram: int = 8
-    """Length of the n-grams of the statistical test; 0 turns it off."""
-    ngram_threshold: float = 20.0
-    """The statistical test fires when the running sum of seen-before minus new n-grams passes this."""
-
-    def __post_init__(self) -> None:
-        check(self.max_period >= 0, "repetition.max_period", self.max_period, "it must not be negative (0 turns it off)")
-        check(self.min_repeats >= 2, "repetition.min_repeats", self.min_repeats, "it must be at least 2")
-        check(self.ngram >= 0, "repetition.ngram", self.ngram, "it must not be negative (0 turns it off)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """How responses are generated."""
-
-    engine: Literal["embedded"] = "embedded"
-    """embedded: the project's own engine for CPUs and debugging."""
-    tp: int = 1
-    """Consecutive ranks that share one engine; the first of them leads it."""
-    token_budget: int | None = None
-    """Output tokens per rollout phase over all ranks; what is unfinished then continues in the next. None: no limit."""
-    max_response_tokens: int = 128
-    """Longest response over all its segments, in tokens."""
-    temperature: float = 1.0
-    """Softmax temperature of sampling and of the trained log-probs."""
-    top_p: float = 1.0
-    """Nucleus sampling: keep the fewest tokens whose probabilities sum to this."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
-    max_batch: int = 512
-    """Most responses that one engine decodes at the same time."""
-    record_routing: bool = False
-    """Keep the experts that each sampled token chose, for trainer.replay_routing. Mixtures of experts only."""
-    repetition: RepetitionConfig = field(default_factory=RepetitionConfig)
-
-    def __post_init__(self) -> None:
-        check(self.tp >= 1, "rollout.tp", self.tp, "it must be at least 1")
-        check(self.token_budget is None or self.token_budget >= 1, "rollout.token_budget", self.token_budget, "it must be at least 1")
-        check(self.max_response_tokens >= 1, "rollout.max_response_tokens", self.max_response_tokens, "it must be at least 1")
-        check(self.temperature > 0, "rollout.temperature", self.temperature, "it must be positive (evaluation is greedy by itself)")
-        check(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "it must lie in (0, 1]")
-        check(self.top_k >= 0, "rollout.top_k", self.top_k, "it must not be negative (0 keeps all)")
-        check(self.max_batch >= 1, "rollout.max_batch", self.max_batch, "it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,11 @@ from tandem.engine.config import RolloutConfig
 from tandem.engine.rollout.inference import ATTENTION_ROWS, InferenceModel
 from tandem.engine.rollout.kv_cache import KVCache
 from tandem.engine.rollout.recorded import Ended, RecordedRows
-from tandem.engine.rollout.repetition import BatchedRepetitionDetector
+from tandem.engine.rollout.repetition import rule_of
 from tandem.engine.rollout.sampling import sample, uniforms
 from tandem.engine.rollout.weights import ModelWeights
 from tandem.engine.types import GenerationRequest, StopState
+from tandem.kernels.repetition import BatchedDetector
 
 # Sorting moves the whole cache once; a step reads it once. Sorting at most every so many steps keeps its cost in the noise.
 _STEPS_BETWEEN_SORTS = 16
@@ -51,7 +52,7 @@ class Scheduler:
         length = max((len(r.token_ids) + r.max_new_tokens for r in requests), default=1)
         longest_new = max((r.max_new_tokens for r in requests), default=1)
         self._cache = KVCache(model.architecture, model.dtype, num_rows, length)
-        self._repetition = BatchedRepetitionDetector(config.repetition, num_rows)
+        self._repetition = BatchedDetector(rule_of(config.repetition), num_rows)
         self._recorded = RecordedRows(requests)
         self._num_active = 0  # rows that compute
         self._steps_since_sort = 0
