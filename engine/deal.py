@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tandem.engine.algo.advantage import Scores, score_groups
-from tandem.engine.algo.pack import Microbatch, TrainingRow, build_microbatch, plan_updates, rows_of
+from tandem.engine.algo.pack import Microbatch, TrainingRow, build_microbatch, rows_of
+from tandem.engine.algo.plan import Prompts, plan_updates
 from tandem.engine.build import Parts
 from tandem.engine.run import Run
 from tandem.engine.types import Group
@@ -39,16 +40,18 @@ def deal_updates(run: Run, parts: Parts, groups: Sequence[Group], step: int) -> 
         rows += rows_of(group, of_group, step, config.loss.stale_segments, first_row_id=row_id, regularised=regularised)
         row_id += len(group.responses)
 
-    of_ranks = run.gather([(row.num_tokens, int(row.loss_mask.sum())) for row in rows])
+    of_ranks = run.gather([(row.num_tokens, int(row.loss_mask.sum()), row.prefix_hash, len(row.prompt_ids)) for row in rows])
     sizes = [size for of_rank in of_ranks for size in of_rank]
     first = sum(len(of_rank) for of_rank in of_ranks[: run.rank])
     plan = plan_updates(
-        [num_positions for num_positions, _ in sizes],
+        [num_positions for num_positions, *_ in sizes],
         num_updates=config.trainer.updates_per_iteration,
         dp_size=mesh.dp_size,
         microbatch_tokens=config.trainer.microbatch_tokens,
         seed=config.seed + step,
         crossover_tokens=12 * parts.hidden_size,
+        prompts=Prompts(hashes_R=[size[2] for size in sizes], lengths_R=[size[3] for size in sizes]),
+        share_prompts=config.trainer.share_prompts,
     )
     dp_rank_of_row = {
         row: dp_rank for update in plan.rows for dp_rank, bins in enumerate(update) for microbatch in bins for row in microbatch
@@ -58,7 +61,14 @@ def deal_updates(run: Run, parts: Parts, groups: Sequence[Group], step: int) -> 
         for rank in range(run.num_ranks)
     ]
     received = dict(pair for parcel in run.exchange(parcels) for pair in parcel)
-    updates = [[build_microbatch([received[row] for row in microbatch]) for microbatch in update[mesh.dp_rank]] for update in plan.rows]
+    updates = [
+        [build_microbatch([received[row] for row in rows], share_prompts=plan.shares_prompts) for rows in update[mesh.dp_rank]]
+        for update in plan.rows
+    ]
+    if plan.shares_prompts:
+        packed = [microbatch for update in updates for microbatch in update]
+        num_positions, num_tokens = sum(m.num_positions for m in packed), sum(m.num_tokens for m in packed)
+        run.log.event("prompts are shared", step=step, positions=num_positions, computed_tokens=num_tokens)
     if normaliser_of(config.loss.variant) == "tokens":
         normalisers = [float(sum(sizes[row][1] for bins in update for b in bins for row in b)) for update in plan.rows]
     else:

@@ -12,7 +12,18 @@ from tandem.engine.architecture import Architecture
 from tandem.engine.config import MeshConfig, RunConfig
 from tandem.engine.data.tokenizer import load_tokenizer
 from tandem.engine.hf_config import hf_config_of
-from tandem.engine.mesh_rules import MESH_RULES, RANKS, Changes, Rule, broken, nearest, raise_all, replaced
+from tandem.engine.mesh_rules import (
+    MESH_RULES,
+    RANKS,
+    Changes,
+    Rule,
+    broken,
+    heads_can_be_split,
+    nearest,
+    no_split,
+    raise_all,
+    replaced,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +212,22 @@ RUN_RULES: tuple[Rule[RunCase], ...] = (
             "earlier iteration generated would be that iteration's policy, and mirror_descent's squared log-ratio would pull back to it"
         ),
         fixes=lambda case: [{"loss.reference": "recompute"}, {"loss.stale_segments": "mask"}],
+    ),
+    Rule(
+        fields=("trainer.cp_attention", "mesh.tp", "mesh.cp"),
+        holds=lambda case: case.config.trainer.cp_attention != "ulysses" or heads_can_be_split(case.mesh, case.architecture),
+        problem=lambda case: no_split(case.mesh, case.architecture),
+        fixes=lambda case: [{"trainer.cp_attention": "all_gather"}, {"trainer.cp_attention": "auto"}],
+    ),
+    _ignored("cp_attention", "trainer", off="auto", needs="mesh.cp > 1", met=lambda case: case.mesh.cp > 1),
+    Rule(
+        fields=("trainer.share_prompts", "sampling.num_samples"),
+        holds=lambda case: case.config.trainer.share_prompts != "always" or case.config.sampling.num_samples > 1,
+        problem=lambda case: (
+            f"trainer.share_prompts is 'always'; it needs sampling.num_samples > 1 (it is {case.config.sampling.num_samples}), so that "
+            "several responses have one prompt"
+        ),
+        fixes=lambda case: [{"trainer.share_prompts": "auto"}, {"sampling.num_samples": 8}],
     ),
     _ignored("moe_aux_loss_coef", "trainer", off=0.0, needs="a model with experts", met=lambda case: case.architecture.num_experts > 0),
     _ignored("replay_routing", "trainer", off=False, needs="a model with experts", met=lambda case: case.architecture.num_experts > 0),

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 from tandem.engine.architecture import Architecture
 from tandem.engine.config import MeshConfig
@@ -108,6 +108,37 @@ def _tell(changes: Changes) -> str:
     if RANKS in changes:
         return f"launch {changes[RANKS]} rank{'s' if changes[RANKS] > 1 else ''}"
     return "set " + " and ".join(f"{name}={value!r}" for name, value in changes.items())
+
+
+def heads_can_be_split(mesh: MeshConfig, architecture: Architecture) -> bool:
+    """Whether every context-parallel rank can have whole key/value heads, the same number each."""
+    return kv_heads_in_attention(architecture) % (mesh.tp * mesh.cp) == 0
+
+
+def kv_heads_in_attention(architecture: Architecture) -> int:
+    """Latent attention expands its latent to a key and a value for every query head."""
+    return architecture.num_heads if architecture.latent is not None else architecture.num_kv_heads
+
+
+def splits_heads(asked: Literal["auto", "ulysses", "all_gather"], mesh: MeshConfig, architecture: Architecture) -> bool:
+    """trainer.cp_attention, resolved: whether context-parallel ranks attend by Ulysses. The others gather keys and values.
+
+    Raises: ValueError if it is asked for, and the heads cannot be split.
+    """
+    if mesh.cp == 1 or asked == "all_gather":
+        return False
+    fits = heads_can_be_split(mesh, architecture)
+    if asked == "ulysses" and not fits:
+        raise ValueError(f"{no_split(mesh, architecture)}; set trainer.cp_attention='all_gather'")
+    return fits
+
+
+def no_split(mesh: MeshConfig, architecture: Architecture) -> str:
+    """Why Ulysses is impossible."""
+    return (
+        f"trainer.cp_attention='ulysses' with mesh.tp={mesh.tp} x mesh.cp={mesh.cp} ({mesh.tp * mesh.cp}) needs a multiple of that many "
+        f"key/value heads; the model has {kv_heads_in_attention(architecture)}"
+    )
 
 
 def check_mesh(mesh: MeshConfig, architecture: Architecture, num_ranks: int) -> None:

@@ -137,7 +137,8 @@ class TrainerConfig:
     distributed_optimizer: bool = True
     """Split optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
+    """Reduce gradients while the backward pass still runs. (Gathering updated weights during the next forward pass is not offered: the
+    weights go to the rollout engine after the last update, and the experts' modules, of which Megatron's hooks wait, are not called.)"""
     moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach their experts."""
     moe_aux_loss_coef: float = 0.0
@@ -146,6 +147,13 @@ class TrainerConfig:
     """How far each expert's bias moves towards balance after an optimizer step (DeepSeek-V3; models with such biases); 0 keeps them."""
     replay_routing: bool = False
     """Send response tokens to the experts that the rollout engine chose for them, where it recorded them."""
+    share_prompts: Literal["auto", "always", "never"] = "auto"
+    """The responses of a prompt attend to one copy of it, and are trained on in the same update. auto: prompts of at least 128 tokens,
+    in iterations where that saves more than a fifth of the busiest rank's work (layers and attention). An update's gradient is the same
+    sum over its rows; expert biases (moe_bias_update_rate) count a shared token once."""
+    cp_attention: Literal["auto", "ulysses", "all_gather"] = "auto"
+    """How context-parallel ranks (mesh.cp) attend: ulysses, each with a part of the heads to all tokens, or all_gather, each with its own
+    tokens to the keys of all. auto: ulysses where tp * cp divides the key/value heads, else all_gather."""
     updates_per_iteration: int = 4
     """Optimizer steps on the responses of one iteration (not given in the paper)."""
     reset_optimizer: bool = True

@@ -198,6 +198,22 @@ FAILING: dict[str, tuple[RunCase, str, RunCase]] = {
         "loss.stale_segments='train' with loss.reference='rollout'",
         case({"loss.stale_segments": "train", "loss.reference": "rollout"}),  # without a budget no response outlives its iteration
     ),
+    "more ranks than heads": (
+        case({"trainer.cp_attention": "ulysses", "mesh.tp": 2, "mesh.cp": 4}, 8),
+        "trainer.cp_attention='ulysses' with mesh.tp=2 x mesh.cp=4 (8) needs a multiple of that many key/value heads; the model has 4; "
+        "set trainer.cp_attention='all_gather'",
+        case({"trainer.cp_attention": "ulysses", "mesh.tp": 2, "mesh.cp": 2}, 4),
+    ),
+    "context-parallel attention of one rank": (
+        case({"trainer.cp_attention": "all_gather"}),
+        "trainer.cp_attention is 'all_gather'; it needs mesh.cp > 1; set trainer.cp_attention='auto'",
+        case({"trainer.cp_attention": "all_gather", "mesh.cp": 2}, 2),
+    ),
+    "nobody to share a prompt with": (
+        case({"trainer.share_prompts": "always", "sampling.num_samples": 1}),
+        "trainer.share_prompts is 'always'; it needs sampling.num_samples > 1 (it is 1)",
+        case({"trainer.share_prompts": "never", "sampling.num_samples": 1}),
+    ),
     "balance loss of a dense model": (
         case({"trainer.moe_aux_loss_coef": 0.1}),
         "trainer.moe_aux_loss_coef is 0.1; it needs a model with experts; set trainer.moe_aux_loss_coef=0.0",

@@ -1,14 +1,17 @@
-"""Groups become training rows, rows become packed microbatches, and a pure plan deals them to updates and data-parallel ranks.
+"""Groups become training rows, and rows become packed microbatches.
 
 A row of P prompt and N response tokens contributes P + N - 1 positions: tokens (prompt + response)[:-1] predict targets
-(prompt + response)[1:]. Everything per token is aligned to the predicting position, so a response token's mask, log-prob
+(prompt + response)[1:]. Everything per position is aligned to the predicting one, so a response token's mask, log-prob
 and on-policy flag lie one position before the token itself.
 
-Shapes: T tokens of a microbatch, R rows, P prompt tokens, N response tokens; of recorded experts X sparse layers, K experts per token.
+Each position is a token that the model computes, unless rows share their prompt: then there is one copy of it, and its tokens are
+positions of every such row.
+
+Shapes: S tokens that are computed, T positions (S, but for shared prompts), R rows, P prompt tokens, N response tokens; of recorded
+experts X sparse layers, K experts per token.
 """
 
-import functools
-import heapq
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -48,26 +51,62 @@ class TrainingRow:
         """Positions that the row takes in a microbatch: P + N - 1, or 0 when the response is empty."""
         return len(self.prompt_ids) + len(self.response_ids) - 1 if len(self.response_ids) else 0
 
+    @property
+    def prefix(self) -> tuple[bytes, bytes | None]:
+        """Rows with the same prefix can share their prompt's tokens: also what was recorded of the last one is the same."""
+        return self.prompt_ids.tobytes(), self.routed_experts[0].tobytes() if self.routed_experts is not None and self.num_tokens else None
+
+    @property
+    def prefix_hash(self) -> int:
+        """A name of the prefix in 63 bits, the same in every process."""
+        digest = hashlib.blake2b(repr(self.prefix).encode(), digest_size=8).digest()
+        return int.from_bytes(digest) >> 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedPrompts:
+    """How the positions of R rows lie on fewer tokens.
+
+    Tokens lie depth first: a prompt, then what each of its responses adds. Each such stretch, a prompt or a response, is a node.
+    """
+
+    token_T: torch.Tensor  # int64, the token of each position; a prompt's last token predicts the first of k responses
+    cu_nodes: torch.Tensor  # int32 [Q+1], offsets of the nodes into the S tokens
+    prompt_node_R: torch.Tensor  # int64
+    response_node_R: torch.Tensor  # int64; a response of one token adds none
+
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
-    """Sequences laid end to end without padding. Aligned to the predicting position."""
+    """Sequences laid end to end without padding. What the model computes has S entries; the rest is aligned to the predicting position."""
 
-    tokens_T: torch.Tensor  # int64
+    tokens_S: torch.Tensor  # int64
+    positions_S: torch.Tensor  # int64, from 0 in every sequence
+    visible_end_S: torch.Tensor  # int32, exclusive end of the tokens that see each
     targets_T: torch.Tensor  # int64, the token after
-    positions_T: torch.Tensor  # int64, from 0 in every sequence
-    visible_end_T: torch.Tensor  # int32, exclusive end of the own sequence
     loss_mask_T: torch.Tensor  # bool, True where targets_T is a response token that is trained on
     behaviour_logprobs_T: torch.Tensor  # fp32, of targets_T; 0 where it is no response token
     on_policy_T: torch.Tensor  # bool, False where targets_T is no response token
     cu_seqlens: torch.Tensor  # int32 [R+1], offsets of the sequences
     advantages_R: torch.Tensor  # fp32
     row_ids_R: torch.Tensor  # int64, FILLER_ROW_ID for a filler
-    routed_experts_TXK: torch.Tensor | None = None  # int16, -1 where not recorded (prompts too); None: nowhere
+    routed_experts_SXK: torch.Tensor | None = None  # int16, -1 where not recorded (prompts too); None: nowhere
+    shared: SharedPrompts | None = None  # None: every position has a token of its own
 
     @property
     def num_tokens(self) -> int:
-        return self.tokens_T.numel()
+        """S"""
+        return self.tokens_S.numel()
+
+    @property
+    def num_positions(self) -> int:
+        """T"""
+        return self.targets_T.numel()
+
+    @property
+    def cu_nodes(self) -> torch.Tensor:
+        """int32, offsets into the S tokens of the stretches that a token sees up to its own place: sequences, or nodes of shared ones."""
+        return self.cu_seqlens if self.shared is None else self.shared.cu_nodes
 
     @property
     def num_rows(self) -> int:
@@ -163,62 +202,112 @@ def supervised_row(prompt_ids: NDArray[np.int32], response_ids: NDArray[np.int32
     )
 
 
-def build_microbatch(rows: Sequence[TrainingRow]) -> Microbatch:
+def build_microbatch(rows: Sequence[TrainingRow], *, share_prompts: bool = False) -> Microbatch:
     """Lay rows end to end, in the order given. Rows with an empty response are left out.
 
     Without rows the result is a filler: one token that is trained on nothing. A data-parallel rank with less to do runs it, so that
     all ranks enter the same collectives the same number of times.
+
+    Args:
+        share_prompts: rows with the same `TrainingRow.prefix` have one copy of the prompt, and follow the first of them.
     """
     rows = [row for row in rows if row.num_tokens]
     if not rows:
         return _filler()
-    lengths_R = np.array([row.num_tokens for row in rows], dtype=np.int64)
-    ends_R = np.cumsum(lengths_R)
-    starts_R = ends_R - lengths_R
+    families = _families(rows) if share_prompts else [[row] for row in rows]
+    rows = [row for family in families for row in family]
+    tree = _Tree(families)
+    ends_R = np.cumsum([row.num_tokens for row in rows])
     # The prompt's last token predicts the first response token, hence P - 1 positions before it.
     before_R = [np.zeros(len(row.prompt_ids) - 1) for row in rows]
 
-    def per_token(name: str, dtype: type) -> torch.Tensor:
+    def per_position(name: str, dtype: type) -> torch.Tensor:
         parts = [part for row, before in zip(rows, before_R, strict=True) for part in (before.astype(dtype), getattr(row, name))]
         return torch.from_numpy(np.concatenate(parts).astype(dtype))
 
-    sequences = [np.concatenate([row.prompt_ids, row.response_ids]).astype(np.int64) for row in rows]
+    targets = [part for row in rows for part in (row.prompt_ids[1:], row.response_ids)]
     return Microbatch(
-        tokens_T=torch.from_numpy(np.concatenate([sequence[:-1] for sequence in sequences])),
-        targets_T=torch.from_numpy(np.concatenate([sequence[1:] for sequence in sequences])),
-        positions_T=torch.from_numpy(np.arange(ends_R[-1]) - np.repeat(starts_R, lengths_R)),
-        visible_end_T=torch.from_numpy(np.repeat(ends_R, lengths_R).astype(np.int32)),
-        loss_mask_T=per_token("loss_mask", np.bool_),
-        behaviour_logprobs_T=per_token("behaviour_logprobs", np.float32),
-        on_policy_T=per_token("on_policy", np.bool_),
+        tokens_S=torch.from_numpy(np.concatenate(tree.tokens_Q).astype(np.int64)),
+        positions_S=torch.from_numpy(tree.positions_S()),
+        visible_end_S=torch.from_numpy(np.repeat(tree.visible_end_Q, tree.lengths_Q).astype(np.int32)),
+        targets_T=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        loss_mask_T=per_position("loss_mask", np.bool_),
+        behaviour_logprobs_T=per_position("behaviour_logprobs", np.float32),
+        on_policy_T=per_position("on_policy", np.bool_),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], ends_R]).astype(np.int32)),
         advantages_R=torch.tensor([row.advantage for row in rows], dtype=torch.float32),
         row_ids_R=torch.tensor([row.row_id for row in rows], dtype=torch.int64),
-        routed_experts_TXK=_packed_experts(rows),
+        routed_experts_SXK=_packed_experts(rows, tree),
+        shared=tree.shared() if len(families) < len(rows) else None,
     )
 
 
-def _packed_experts(rows: Sequence[TrainingRow]) -> torch.Tensor | None:
+def _families(rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
+    by_prefix: dict[tuple[bytes, bytes | None], list[TrainingRow]] = {}
+    for row in rows:
+        by_prefix.setdefault(row.prefix, []).append(row)
+    return list(by_prefix.values())
+
+
+class _Tree:
+    """Prompts and what their responses add, Q nodes depth first."""
+
+    def __init__(self, families: Sequence[Sequence[TrainingRow]]) -> None:
+        self.tokens_Q: list[NDArray[np.int32]] = []
+        first_positions, prompt_nodes, response_nodes = [], [], []
+        for family in families:
+            prompt_node = len(self.tokens_Q)
+            prompt_ids = family[0].prompt_ids
+            # A response's last token predicts nothing.
+            self.tokens_Q += [prompt_ids, *(row.response_ids[:-1] for row in family)]
+            first_positions += [0, *[len(prompt_ids)] * len(family)]
+            prompt_nodes += [prompt_node] * len(family)
+            response_nodes += range(prompt_node + 1, len(self.tokens_Q))
+        self.first_position_Q = np.array(first_positions, dtype=np.int64)
+        self.prompt_node_R, self.response_node_R = np.array(prompt_nodes), np.array(response_nodes)
+        self.lengths_Q = np.array([len(tokens) for tokens in self.tokens_Q], dtype=np.int64)
+        ends_Q = np.cumsum(self.lengths_Q)
+        self.starts_Q = ends_Q - self.lengths_Q
+        # A response is seen by itself, a prompt by all its responses; the last of them writes last here.
+        self.visible_end_Q = ends_Q.copy()
+        self.visible_end_Q[self.prompt_node_R] = ends_Q[self.response_node_R]
+
+    def positions_S(self) -> NDArray[np.int64]:
+        return np.arange(self.lengths_Q.sum()) + np.repeat(self.first_position_Q - self.starts_Q, self.lengths_Q)
+
+    def shared(self) -> SharedPrompts:
+        nodes_of_rows = np.stack([self.prompt_node_R, self.response_node_R], axis=1).reshape(-1).tolist()
+        tokens = [int(self.starts_Q[node]) + np.arange(int(self.lengths_Q[node])) for node in nodes_of_rows]
+        return SharedPrompts(
+            token_T=torch.from_numpy(np.concatenate(tokens)),
+            cu_nodes=torch.from_numpy(np.append(self.starts_Q, self.lengths_Q.sum()).astype(np.int32)),
+            prompt_node_R=torch.from_numpy(self.prompt_node_R),
+            response_node_R=torch.from_numpy(self.response_node_R),
+        )
+
+
+def _packed_experts(rows: Sequence[TrainingRow], tree: _Tree) -> torch.Tensor | None:
     shapes = {row.routed_experts.shape[1:] for row in rows if row.routed_experts is not None}
     if not shapes:
         return None
     if len(shapes) > 1:
         raise ValueError(f"rows {[row.row_id for row in rows]} recorded experts of different shapes: {sorted(shapes)}")
-    out = np.full((sum(row.num_tokens for row in rows), *shapes.pop()), -1, dtype=np.int16)
-    start = 0
-    for row in rows:
+    out = np.full((tree.lengths_Q.sum(), *shapes.pop()), -1, dtype=np.int16)
+    for row, prompt, response in zip(rows, tree.prompt_node_R, tree.response_node_R, strict=True):
         if row.routed_experts is not None:
-            out[start + len(row.prompt_ids) - 1 : start + row.num_tokens] = row.routed_experts
-        start += row.num_tokens
+            # A token's experts were recorded when the token before it was computed.
+            start = tree.starts_Q[response]
+            out[tree.starts_Q[prompt] + len(row.prompt_ids) - 1] = row.routed_experts[0]
+            out[start : start + len(row.response_ids) - 1] = row.routed_experts[1:]
     return torch.from_numpy(out)
 
 
 def _filler() -> Microbatch:
     return Microbatch(
-        tokens_T=torch.zeros(1, dtype=torch.int64),
+        tokens_S=torch.zeros(1, dtype=torch.int64),
+        positions_S=torch.zeros(1, dtype=torch.int64),
+        visible_end_S=torch.ones(1, dtype=torch.int32),
         targets_T=torch.zeros(1, dtype=torch.int64),
-        positions_T=torch.zeros(1, dtype=torch.int64),
-        visible_end_T=torch.ones(1, dtype=torch.int32),
         loss_mask_T=torch.zeros(1, dtype=torch.bool),
         behaviour_logprobs_T=torch.zeros(1, dtype=torch.float32),
         on_policy_T=torch.zeros(1, dtype=torch.bool),
@@ -226,112 +315,3 @@ def _filler() -> Microbatch:
         advantages_R=torch.zeros(1, dtype=torch.float32),
         row_ids_R=torch.tensor([FILLER_ROW_ID], dtype=torch.int64),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdatePlan:
-    """Which rows each data-parallel rank packs into each microbatch of each update.
-
-    `rows[update][dp_rank][microbatch]` holds indices into the lengths that were planned; an empty tuple is a filler. All ranks of
-    an update have the same number of microbatches.
-    """
-
-    rows: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
-
-    @property
-    def num_updates(self) -> int:
-        return len(self.rows)
-
-    def num_microbatches(self, update: int) -> int:
-        return len(self.rows[update][0])
-
-    def num_rows(self, update: int) -> int:
-        """Rows of an update over all ranks."""
-        return sum(len(microbatch) for rank in self.rows[update] for microbatch in rank)
-
-
-def work_of(lengths_R: NDArray[np.int64], *, crossover_tokens: int) -> NDArray[np.float64]:
-    """Cost of each sequence, in the cost of one token's linear layers: len + len² / crossover_tokens."""
-    lengths = lengths_R.astype(np.float64)
-    return lengths + lengths * lengths / crossover_tokens
-
-
-def plan_updates(
-    lengths_R: Sequence[int] | NDArray[np.int64],
-    *,
-    num_updates: int,
-    dp_size: int,
-    microbatch_tokens: int,
-    seed: int = 0,
-    crossover_tokens: int = 12_288,
-) -> UpdatePlan:
-    """Deal rows to updates, data-parallel ranks and microbatches. Pure: every rank computes the same plan from gathered lengths.
-
-    A seeded shuffle deals equally many rows (±1) to each update, so none sees one length or difficulty only. Within an update
-    rows go, costliest first, to the rank with the least work; each rank fills microbatches up to `microbatch_tokens` and
-    splits its largest ones until it has as many as the busiest rank, then takes fillers. A rank's microbatches are ordered by
-    falling work, so that ranks which meet in every microbatch (expert parallelism) meet at equal work.
-
-    Args:
-        lengths_R: positions that each row takes (`TrainingRow.num_tokens`); rows of 0 are left out.
-        num_updates: optimizer steps to spread the rows over; there are fewer when there are fewer rows, and none without rows.
-        microbatch_tokens: most positions per microbatch; a longer row has a microbatch of its own.
-        crossover_tokens: length at which causal attention costs as much as the linear layers. For width h a token costs
-            about 24h² FLOP per layer in the linear layers and 2h·len in attention, so it is 12h; the default is h = 1024.
-    Raises: ValueError for a count below 1 or a negative length.
-    """
-    for name, value in (("num_updates", num_updates), ("dp_size", dp_size), ("microbatch_tokens", microbatch_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    lengths = np.asarray(lengths_R, dtype=np.int64)
-    if (lengths < 0).any():
-        raise ValueError(f"row {int(np.argmin(lengths))} has length {int(lengths.min())}; a length must not be negative")
-    present = np.flatnonzero(lengths)
-    shuffled = np.random.default_rng(seed).permutation(present)
-    work = work_of(lengths, crossover_tokens=crossover_tokens)
-    updates = [shuffled[u::num_updates] for u in range(min(num_updates, len(present)))]
-    return UpdatePlan(rows=tuple(_plan_update(rows, lengths, work, dp_size, microbatch_tokens) for rows in updates))
-
-
-def _plan_update(
-    rows: NDArray[np.int64], lengths: NDArray[np.int64], work: NDArray[np.float64], dp_size: int, microbatch_tokens: int
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    by_falling_work = sorted(rows.tolist(), key=lambda row: (-work[row], row))
-    ranks: list[list[int]] = [[] for _ in range(dp_size)]
-    loads = [(0.0, rank) for rank in range(dp_size)]
-    for row in by_falling_work:
-        load, rank = heapq.heappop(loads)
-        ranks[rank].append(row)
-        heapq.heappush(loads, (load + float(work[row]), rank))
-    bins_of_rank = [_fill_bins(rank_rows, lengths, microbatch_tokens) for rank_rows in ranks]
-    num_microbatches = max(len(bins) for bins in bins_of_rank)
-    total = functools.partial(_total_work, work)
-    for bins in bins_of_rank:
-        while len(bins) < num_microbatches:
-            largest = max((b for b in bins if len(b) > 1), key=total, default=None)
-            if largest is None:
-                bins.append([])
-                continue
-            bins.remove(largest)
-            bins += [largest[::2], largest[1::2]]
-        bins.sort(key=total, reverse=True)
-    return tuple(tuple(tuple(b) for b in bins) for bins in bins_of_rank)
-
-
-def _total_work(work: NDArray[np.float64], rows: Sequence[int]) -> float:
-    return sum(float(work[row]) for row in rows)
-
-
-def _fill_bins(rows: Sequence[int], lengths: NDArray[np.int64], capacity: int) -> list[list[int]]:
-    """First fit, longest first: at most 11/9 of the fewest possible bins, plus one."""
-    bins: list[list[int]] = []
-    space = np.zeros(len(rows), dtype=np.int64)  # left in each bin; a row longer than the capacity closes its own
-    for row in rows:
-        fits = np.flatnonzero(space[: len(bins)] >= lengths[row])
-        if len(fits):
-            bins[fits[0]].append(row)
-            space[fits[0]] -= lengths[row]
-        else:
-            space[len(bins)] = max(0, capacity - int(lengths[row]))
-            bins.append([row])
-    return bins

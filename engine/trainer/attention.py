@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 from tandem.engine.architecture import Architecture
 from tandem.engine.trainer.batch import LocalBatch
-from tandem.engine.trainer.context_parallel import gather_keys
+from tandem.engine.trainer.context_parallel import gather_heads, gather_keys, scatter_heads
 from tandem.kernels.attention import packed_attention
 from tandem.kernels.rope import rope
 
@@ -19,13 +19,18 @@ def attend(
     query_LND: torch.Tensor, key_LGD: torch.Tensor, value_LGD: torch.Tensor, batch: LocalBatch, cp_group: Any, softmax_scale: float
 ) -> torch.Tensor:
     """[L, 1, N * width of a value]. Queries and keys are rotated already."""
-    key, value = key_LGD, value_LGD
-    if batch.order_T is not None:
-        if cp_group.size() > 1:
-            key, value = (gather_keys(x, batch.order_T, cp_group) for x in (key, value))
-        else:
-            key, value = (x.index_select(0, batch.order_T) for x in (key, value))
-    out = packed_attention(query_LND, key, value, batch.whole.visible_end_T, scale=softmax_scale, plan=batch.plan)
+    query, key, value, order_S = query_LND, key_LGD, value_LGD, batch.order_S
+    if batch.splits_heads:
+        assert order_S is not None
+        query, key, value = scatter_heads((query, key, value), order_S, cp_group)
+    elif order_S is not None and cp_group.size() > 1:
+        key, value = (gather_keys(x, order_S, cp_group) for x in (key, value))
+    elif order_S is not None:  # padding alone
+        key, value = (x.index_select(0, order_S) for x in (key, value))
+    out = packed_attention(query, key, value, batch.whole.visible_end_S, scale=softmax_scale, plan=batch.plan)
+    if batch.splits_heads:
+        assert order_S is not None
+        out = gather_heads(out, order_S, batch.num_local, cp_group)
     return out.reshape(out.shape[0], 1, -1)
 
 

@@ -2,7 +2,7 @@
 
 Every rank of a data-parallel index (its tp, pp and cp ranks) is handed the same microbatches; all methods that compute are collectives.
 
-Shapes: T tokens of a microbatch, L tokens of one context-parallel rank, R responses.
+Shapes: T positions of a microbatch, O positions of one context-parallel rank, R responses.
 """
 
 import functools
@@ -21,6 +21,7 @@ from megatron.core.transformer.module import Float16Module
 from tandem.engine.algo.pack import FILLER_ROW_ID, Microbatch, build_microbatch
 from tandem.engine.architecture import Architecture
 from tandem.engine.config import LossConfig, OptimizerConfig, TrainerConfig
+from tandem.engine.mesh_rules import splits_heads
 from tandem.engine.trainer import loss as losses
 from tandem.engine.trainer import optimizer as optimizers
 from tandem.engine.trainer.batch import LocalBatch, RoutingOptions, localise, num_local_tokens
@@ -57,6 +58,7 @@ class MegatronTrainer:
         """
         self._hf_config, self._architecture = dict(hf_config), Architecture.from_hf(hf_config)
         check_options(config, self._architecture)
+        self._splits_heads = splits_heads(config.cp_attention, mesh.config, self._architecture)
         self.mesh, self.config, self.loss = mesh, config, loss
         # All microbatches of a pass have one length where stages or experts cannot tell each other theirs.
         self._one_length = mesh.config.vpp > 1 or (self._architecture.num_experts > 0 and config.moe_dispatcher == "allgather")
@@ -139,7 +141,7 @@ class MegatronTrainer:
         for chunk in self._ddp:
             chunk.train()
         if self.mesh.pp_size > 1:
-            found = self._logprobs_from_last_stage(found, [microbatch.num_tokens for microbatch in microbatches])
+            found = self._logprobs_from_last_stage(found, [microbatch.num_positions for microbatch in microbatches])
         return found[: len(microbatches)]
 
     def update(
@@ -286,6 +288,7 @@ class MegatronTrainer:
             min_tokens=min_tokens,
             rope_scaling=self._architecture.rope.attention_scaling,
             routing=self._routing_options(microbatches, forward_only=forward_only),
+            splits_heads=self._splits_heads,
         )
         # Virtual stages of one rank see the same microbatches: make each once.
         prepared = [make(microbatch) for microbatch in filled] if len(self._ddp) > 1 else None
@@ -298,10 +301,10 @@ class MegatronTrainer:
         def forward_step(iterator: Iterator[tuple[int, LocalBatch]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             index, batch = next(iterator)
 
-            def loss_func(stats_2L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-                stats_2T = stats_2L
+            def loss_func(stats_2O: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                stats_2T = stats_2O
                 if batch.order_T is not None:
-                    stats_2T = gather_replicated(stats_2L.T, batch.order_T, cp_group).T
+                    stats_2T = gather_replicated(stats_2O.T, batch.order_T, cp_group).T
                 loss, kept = consume(batch, stats_2T, index)
                 return loss, torch.zeros((), dtype=torch.int), kept
 

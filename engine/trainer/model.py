@@ -1,6 +1,6 @@
 """Megatron's GPT model whose output is log-probs of the trained tokens, and its weights drawn by name.
 
-Shapes: L tokens of this rank, M trained ones among them, H hidden width.
+Shapes: L tokens of this rank, O positions of this rank (L, but for shared prompts), M trained targets, H hidden width.
 """
 
 import math
@@ -23,13 +23,14 @@ from tandem.engine.trainer.mesh import Mesh
 from tandem.engine.trainer.modules import Norm
 from tandem.engine.types import WeightShard
 from tandem.kernels.logprob import linear_logprob
+from tandem.kernels.permute import permute
 
 EMBEDDING_STD = 0.02
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class PolicyModel(GPTModel):
-    """One pipeline chunk. The last one returns [2, L] fp32: log-prob of the target and entropy where it is trained, else 0."""
+    """One pipeline chunk. The last one returns [2, O] fp32: log-prob of the target and entropy where it is trained, else 0."""
 
     def __init__(self, temperature: float, **kwargs: Any) -> None:
         super().__init__(position_embedding_type="none", **kwargs)
@@ -48,10 +49,11 @@ class PolicyModel(GPTModel):
         if self.config.sequence_parallel:
             # linear_logprob returns a whole gradient on every rank, so each takes its own tokens' part of it.
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
-        hidden_MH = hidden_states[:, 0].index_select(0, batch.trained_M)
+        hidden_LH = hidden_states[:, 0]
+        hidden_MH = permute(hidden_LH, batch.copies) if batch.copies is not None else hidden_LH.index_select(0, batch.source_M)
         tp_group: Any = parallel_state.get_tensor_model_parallel_group()
         stats_2M = torch.stack(linear_logprob(hidden_MH, weight_VH, batch.targets_M, temperature=self.temperature, tp_group=tp_group))
-        return stats_2M.new_zeros((2, batch.num_local)).index_copy(1, batch.trained_M, stats_2M)
+        return stats_2M.new_zeros((2, batch.num_outputs)).index_copy(1, batch.output_M, stats_2M)
 
 
 def build_chunks(config: TransformerConfig, architecture: Architecture, mesh: Mesh, temperature: float) -> list[PolicyModel]:

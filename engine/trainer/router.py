@@ -4,7 +4,7 @@ Megatron-core's own router chooses by softmax over the chosen logits and knows i
 same place of the layer.
 
 Shapes: L tokens of one context-parallel rank, S tokens of this rank (L, or L / tp under sequence parallelism), E experts, K experts per
-token, R sequences of the microbatch.
+token, Q nodes of the microbatch (sequences, or shared prompts and what their responses add).
 """
 
 from collections.abc import Iterable
@@ -85,7 +85,7 @@ class Router(MegatronModule):
         weights_SK = weigh(scores_SE, chosen_SK, self.experts)
         map_SE = torch.zeros_like(scores_SE, dtype=torch.bool).scatter_(1, chosen_SK, True)
         if self.training and torch.is_grad_enabled():  # not in a first pass whose activations are computed again
-            is_token_S = routing.sequence_L < len(routing.balance_weights_R) - 1
+            is_token_S = routing.node_L < routing.num_nodes
             self.num_sent_E += (map_SE & is_token_S[:, None]).sum(0)
             if routing.has_balance_loss:
                 weights_SK = _AddLoss.apply(weights_SK, self._balance_loss(scores_SE, routing))
@@ -99,18 +99,19 @@ class Router(MegatronModule):
         """This rank's part of the sequence-wise balance loss (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20).
 
         Of a sequence of T tokens: E / (K T) Σ_e count_e Σ_t s'_te / T, where s' are its scores divided by their sum, and count_e its
-        tokens with expert e among their K best scores. Given the counts of all ranks it is linear in the tokens, so each adds its own.
+        tokens with expert e among their K best scores. Given the counts of all ranks it is linear in the tokens, so each adds its own; a
+        shared prompt's tokens for all its sequences.
         """
         experts = self.experts
         shares_SE = scores_SE if experts.scoring == "softmax" else scores_SE / (scores_SE.sum(-1, keepdim=True) + 1e-20)
         with torch.no_grad():
             best_SK = scores_SE.topk(experts.num_experts_per_tok, dim=-1, sorted=False).indices
-            counts_RE = scores_SE.new_zeros((len(routing.balance_weights_R), experts.num_experts))
-            rows_SK = routing.sequence_L[:, None].expand_as(best_SK)
-            counts_RE.index_put_((rows_SK, best_SK), counts_RE.new_ones(()), accumulate=True)
-            dist.all_reduce(counts_RE, group=self.tp_cp_group)
-            factors_RE = counts_RE * routing.balance_weights_R[:, None] * (experts.num_experts / experts.num_experts_per_tok)
-        return (shares_SE * factors_RE[routing.sequence_L]).sum()
+            counts_QE = scores_SE.new_zeros((routing.num_nodes + 1, experts.num_experts))
+            nodes_SK = routing.node_L[:, None].expand_as(best_SK)
+            counts_QE.index_put_((nodes_SK, best_SK), counts_QE.new_ones(()), accumulate=True)
+            dist.all_reduce(counts_QE, group=self.tp_cp_group)
+            factors_QE = routing.balance_factors(counts_QE) * (experts.num_experts / experts.num_experts_per_tok)
+        return (shares_SE * factors_QE[routing.node_L]).sum()
 
 
 class _AddLoss(torch.autograd.Function):

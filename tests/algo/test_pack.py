@@ -1,21 +1,12 @@
-"""Rows, microbatches and the plan that deals them."""
+"""Rows and microbatches."""
 
 import dataclasses
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+import torch
 
-from tandem.engine.algo.pack import (
-    FILLER_ROW_ID,
-    TrainingRow,
-    build_microbatch,
-    plan_updates,
-    rows_of,
-    signal_mask,
-    supervised_row,
-    work_of,
-)
+from tandem.engine.algo.pack import FILLER_ROW_ID, TrainingRow, build_microbatch, rows_of, signal_mask, supervised_row
 from tandem.engine.types import Group, Prompt, Response, Segment, StopState, Verdict
 
 
@@ -37,10 +28,10 @@ def response(*segments: tuple[int, int], sample: int = 0) -> Response:
 
 def test_everything_is_aligned_to_the_predicting_position() -> None:
     microbatch = build_microbatch([row([1, 2, 3], [4, 5], row_id=7, advantage=0.5), row([6], [7], row_id=8, advantage=-2.0)])
-    assert microbatch.tokens_T.tolist() == [1, 2, 3, 4, 6]
+    assert microbatch.tokens_S.tolist() == [1, 2, 3, 4, 6]
     assert microbatch.targets_T.tolist() == [2, 3, 4, 5, 7]
-    assert microbatch.positions_T.tolist() == [0, 1, 2, 3, 0]
-    assert microbatch.visible_end_T.tolist() == [4, 4, 4, 4, 5]
+    assert microbatch.positions_S.tolist() == [0, 1, 2, 3, 0]
+    assert microbatch.visible_end_S.tolist() == [4, 4, 4, 4, 5]
     assert microbatch.loss_mask_T.tolist() == [False, False, True, True, True]
     assert microbatch.on_policy_T.tolist() == [False, False, True, True, True]
     assert microbatch.behaviour_logprobs_T.tolist() == [0, 0, -1, -2, -1]
@@ -48,14 +39,14 @@ def test_everything_is_aligned_to_the_predicting_position() -> None:
     assert microbatch.advantages_R.tolist() == [0.5, -2.0]
     assert microbatch.row_ids_R.tolist() == [7, 8]
     assert (microbatch.num_tokens, microbatch.num_rows) == (5, 2)
-    assert microbatch.routed_experts_TXK is None
+    assert microbatch.routed_experts_SXK is None
     tensors = {field.name: getattr(microbatch, field.name) for field in dataclasses.fields(microbatch)}
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items() if tensor is not None}
     assert dtypes == {
-        "tokens_T": "int64",
+        "tokens_S": "int64",
+        "positions_S": "int64",
+        "visible_end_S": "int32",
         "targets_T": "int64",
-        "positions_T": "int64",
-        "visible_end_T": "int32",
         "loss_mask_T": "bool",
         "behaviour_logprobs_T": "float32",
         "on_policy_T": "bool",
@@ -74,7 +65,7 @@ def test_recorded_experts_lie_where_the_token_was_predicted_and_are_unknown_else
     (recorded,) = rows_of(group_of(Response(sample=0, segments=segments, stop=StopState.FINISHED)), [1.0], 3, "mask")
     assert recorded.routed_experts is not None
     assert (recorded.routed_experts.dtype, recorded.routed_experts.shape) == (np.int16, (3, 2, 2))
-    packed = build_microbatch([row([6], [7], row_id=5), recorded]).routed_experts_TXK
+    packed = build_microbatch([row([6], [7], row_id=5), recorded]).routed_experts_SXK
     assert packed is not None
     # one token of the first row; of the second its 2 prompt tokens predict the second prompt token and the first response token
     assert packed[:, 0, 0].tolist() == [-1, -1, -1, 0, 4]
@@ -133,71 +124,62 @@ def test_wrong_counts_and_segments_from_the_future_are_errors() -> None:
         rows_of(group_of(response((1, 5))), [1.0], 4, "mask")
 
 
-def random_case(seed: int) -> tuple[NDArray[np.int64], dict[str, int]]:
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(0, generator.integers(1, 400), size=generator.integers(0, 200))
-    options = {
-        "num_updates": generator.integers(1, 6),
-        "dp_size": generator.integers(1, 9),
-        "microbatch_tokens": generator.integers(1, 1000),
-    }
-    return lengths, {name: int(value) for name, value in options.items()}
+def test_rows_with_one_prompt_share_it_and_its_last_token_predicts_all_their_first_tokens() -> None:
+    rows = [row([1, 2, 3], [4, 5], row_id=7), row([6], [7], row_id=8), row([1, 2, 3], [8], row_id=9), row([1, 2, 3], [9, 1, 2], row_id=10)]
+    microbatch = build_microbatch(rows, share_prompts=True)
+    assert microbatch.row_ids_R.tolist() == [7, 9, 10, 8]
+    assert microbatch.tokens_S.tolist() == [1, 2, 3, 4, 9, 1, 6]
+    assert microbatch.positions_S.tolist() == [0, 1, 2, 3, 3, 4, 0]
+    assert microbatch.visible_end_S.tolist() == [6, 6, 6, 4, 6, 6, 7]
+    assert (microbatch.num_tokens, microbatch.num_positions) == (7, 13)
+    assert microbatch.shared is not None
+    assert microbatch.shared.token_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 4, 5, 6]
+    assert microbatch.targets_T.tolist() == [2, 3, 4, 5, 2, 3, 8, 2, 3, 9, 1, 2, 7]
+    assert microbatch.loss_mask_T.int().tolist() == [0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 1]
+    assert microbatch.cu_seqlens.tolist() == [0, 4, 7, 12, 13]
+    assert microbatch.cu_nodes.tolist() == [0, 3, 4, 4, 6, 7, 7]
+    assert microbatch.shared.prompt_node_R.tolist() == [0, 0, 0, 4]
+    assert microbatch.shared.response_node_R.tolist() == [1, 2, 3, 5]
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_a_plan_places_every_row_once_within_the_token_limit(seed: int) -> None:
-    lengths, options = random_case(seed)
-    plan = plan_updates(lengths.tolist(), **options, seed=seed)
-    assert plan == plan_updates(lengths, **options, seed=seed)
-    placed = [r for update in plan.rows for rank in update for microbatch in rank for r in microbatch]
-    assert sorted(placed) == np.flatnonzero(lengths).tolist()
-    assert plan.num_updates == min(options["num_updates"], len(placed))
-    num_rows = [plan.num_rows(update) for update in range(plan.num_updates)]
-    assert not num_rows or max(num_rows) - min(num_rows) <= 1
-    for number, update in enumerate(plan.rows):
-        assert len(update) == options["dp_size"]
-        assert {len(rank) for rank in update} == {plan.num_microbatches(number)}
-        for rank in update:
-            assert all(rank) or max(map(len, rank)) <= 1  # no filler beside a microbatch that could be split
-            for microbatch in rank:
-                assert len(microbatch) <= 1 or lengths[list(microbatch)].sum() <= options["microbatch_tokens"]
+def test_without_a_common_prompt_nothing_is_shared() -> None:
+    rows = [row([1, 2], [3], row_id=0), row([1, 3], [4], row_id=1), row([1, 2], [], row_id=2)]
+    shared, plain = build_microbatch(rows, share_prompts=True), build_microbatch(rows)
+    for field in dataclasses.fields(plain):
+        ours, theirs = getattr(shared, field.name), getattr(plain, field.name)
+        assert ours is theirs is None or torch.equal(ours, theirs), field.name
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_work_is_balanced_to_within_one_row(seed: int) -> None:
-    lengths = np.random.default_rng(seed).integers(1, 20_000, size=300)
-    work = work_of(lengths, crossover_tokens=4096)
-    plan = plan_updates(lengths, num_updates=2, dp_size=4, microbatch_tokens=32_768, crossover_tokens=4096)
-    for update in plan.rows:
-        loads = [sum(work[r] for microbatch in rank for r in microbatch) for rank in update]
-        assert max(loads) - min(loads) <= work.max()
-        assert max(loads) <= 1.02 * sum(loads) / len(loads)  # 37 rows a rank: far below one row's share
+@pytest.mark.parametrize("seed", range(20))
+def test_a_position_of_a_shared_microbatch_sees_what_it_sees_alone(seed: int) -> None:
+    """Read back from tokens and mask alone: the same tokens at the same places before each position."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, 9, rng.integers(1, 6)).tolist() for _ in range(rng.integers(1, 4))]
+    rows = [row(prompts[rng.integers(len(prompts))], rng.integers(0, 9, rng.integers(0, 6)).tolist(), row_id=i) for i in range(8)]
+    shared, plain = build_microbatch(rows, share_prompts=True), build_microbatch(rows)
+    by_id = {}
+    for microbatch in (plain, shared):
+        place_S = np.arange(microbatch.num_tokens)
+        sees = (place_S <= place_S[:, None]) & (place_S[:, None] < microbatch.visible_end_S.numpy())
+        token_T = place_S if microbatch.shared is None else microbatch.shared.token_T.numpy()
+        for row_id, start, end in zip(microbatch.row_ids_R.tolist(), microbatch.cu_seqlens[:-1], microbatch.cu_seqlens[1:], strict=True):
+            seen = [microbatch.tokens_S.numpy()[sees[token]].tolist() for token in token_T[start:end]]
+            positions = microbatch.positions_S[token_T[start:end]].tolist()
+            kept = [x[start:end].tolist() for x in (microbatch.targets_T, microbatch.loss_mask_T, microbatch.behaviour_logprobs_T)]
+            assert by_id.setdefault(row_id, (seen, positions, kept)) == (seen, positions, kept)
+    wanted = sum(len(prompt) for prompt in {made.prefix[0] for made in rows if made.num_tokens}) // 4
+    assert shared.num_tokens == wanted + sum(len(made.response_ids) - 1 for made in rows if made.num_tokens)
 
 
-def test_work_is_equal_where_token_counts_are_not() -> None:
-    # At a crossover of 100 the work of 100 tokens is 200, that of 300 tokens 1200: six short rows weigh as much as a long one.
-    plan = plan_updates([300] + [100] * 6, num_updates=1, dp_size=2, microbatch_tokens=1000, crossover_tokens=100)
-    by_rank = [sorted(r for microbatch in rank for r in microbatch) for rank in plan.rows[0]]
-    assert sorted(by_rank) == [[0], [1, 2, 3, 4, 5, 6]]
+def test_rows_whose_prompts_were_routed_differently_do_not_share_them() -> None:
+    def recorded(value: int, row_id: int) -> TrainingRow:
+        record = np.full((2, 1, 1), value, dtype=np.int16)
+        record[1] = 10 + row_id
+        return dataclasses.replace(row([1, 2], [3, 4], row_id=row_id), routed_experts=record)
 
-
-def test_an_update_is_not_one_length_only() -> None:
-    plan = plan_updates(list(range(1, 401)), num_updates=4, dp_size=1, microbatch_tokens=10_000)
-    means = [np.mean([r for rank in update for microbatch in rank for r in microbatch]) for update in plan.rows]
-    assert max(means) - min(means) < 80  # sorted updates would differ by 300
-    other = plan_updates(list(range(1, 401)), num_updates=4, dp_size=1, microbatch_tokens=10_000, seed=1)
-    assert plan != other
-
-
-def test_a_rank_with_less_takes_fillers_only_when_nothing_is_left_to_split() -> None:
-    # At a crossover of 100 the row of 300 tokens is one rank's share; the other fills two microbatches of 300.
-    plan = plan_updates([300] + [100] * 6, num_updates=1, dp_size=2, microbatch_tokens=300, crossover_tokens=100)
-    assert sorted(sorted(map(len, rank)) for rank in plan.rows[0]) == [[0, 1], [3, 3]]
-
-
-def test_counts_below_one_and_negative_lengths_are_errors() -> None:
-    for name in ("num_updates", "dp_size", "microbatch_tokens"):
-        with pytest.raises(ValueError, match=f"{name} is 0"):
-            plan_updates([1], **{"num_updates": 1, "dp_size": 1, "microbatch_tokens": 1, name: 0})
-    with pytest.raises(ValueError, match="row 1 has length -2"):
-        plan_updates([1, -2], num_updates=1, dp_size=1, microbatch_tokens=1)
+    rows = [recorded(5, 0), recorded(6, 1), recorded(5, 2), row([1, 2], [3, 4], row_id=3)]
+    microbatch = build_microbatch(rows, share_prompts=True)
+    assert microbatch.row_ids_R.tolist() == [0, 2, 1, 3]
+    assert microbatch.routed_experts_SXK is not None
+    assert microbatch.routed_experts_SXK[:, 0, 0].tolist() == [-1, 5, 10, 12, -1, 6, 11, -1, -1, -1]
+    assert rows[0].prefix_hash == rows[2].prefix_hash != rows[1].prefix_hash

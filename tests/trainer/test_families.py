@@ -112,7 +112,7 @@ def routed(model: Any, rows: Sequence[TrainingRow], *, replay: bool = False, bal
     loss = torch.zeros(())
     num_tokens = sum(int(row.loss_mask.sum()) for row in rows)
     for row in rows:
-        record = build_microbatch([row]).routed_experts_TXK
+        record = build_microbatch([row]).routed_experts_SXK
         seen: list[tuple[torch.Tensor, ...]] = []
         hooks = []
         for x, gate in enumerate(gates):
@@ -216,7 +216,7 @@ def replay_own_choice(layout: Layout, wanted: Routed) -> list[bool]:
         results.append(
             logprobs + [bucket.grad_data.clone() for chunk in trainer._ddp for group in chunk.bucket_groups for bucket in group.buckets]
         )
-    assert all(microbatch.routed_experts_TXK is not None for microbatch in deal(rows, 0, 1, 3))
+    assert all(microbatch.routed_experts_SXK is not None for microbatch in deal(rows, 0, 1, 3))
     return [torch.equal(x, y) for x, y in zip(*results, strict=True)]
 
 
