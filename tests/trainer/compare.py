@@ -25,12 +25,15 @@ from tests.trainer.reference import (
     STEPPED,
     TEMPERATURE,
     Reference,
+    make_reference,
     normaliser_of,
     training_rows,
 )
 
-# Of fp32 against fp64. Hugging Face's own fp32 comes as near: docs/layouts.md.
+# Of fp32 against fp64. Hugging Face's own fp32 comes hardly nearer: docs/layouts.md.
 TOLERANCE = 1e-5
+# How many times Hugging Face's own rounding is allowed where that alone takes up a good part of the tolerance.
+OF_THEIRS = 2
 
 Part = tuple[str, tuple[tuple[int, int], ...]]  # name and region of a Hugging Face tensor
 
@@ -69,12 +72,15 @@ class Errors:
     def weight(self) -> float:
         return max(self.stepped.values())
 
-    def too_large(self) -> list[str]:
-        """What exceeds the tolerance in fp32."""
+    def too_large(self, theirs: "Errors | None" = None) -> list[str]:
+        """What exceeds the tolerance in fp32; `theirs` are the errors of Hugging Face in fp32."""
         numbers = {"log-probs": self.logprobs, "loss": self.loss, "gradient norm": self.grad_norm, **self.stepped}
+        found = [name for name, error in numbers.items() if error > TOLERANCE]
         for loss, by_name in self.gradients.items():
-            numbers |= {f"gradient of {name} ({loss})": error for name, error in by_name.items()}
-        return [name for name, error in numbers.items() if error > TOLERANCE]
+            for name, error in by_name.items():
+                if error > max(TOLERANCE, OF_THEIRS * theirs.gradients[loss][name] if theirs is not None else 0.0):
+                    found.append(f"gradient of {name} ({loss})")
+        return found
 
     def worst(self) -> str:
         """The largest gradient and weight errors with their tensors, for a message."""
@@ -247,12 +253,21 @@ def findings_of(other: Reference, reference: Reference) -> Findings:
         }
 
     return Findings(
-        logprobs=max((other.logprobs[row_id] - wanted).abs().max().item() for row_id, wanted in reference.logprobs.items()),
+        logprobs=max((other.logprobs[row_id] - wanted).abs().amax().item() for row_id, wanted in reference.logprobs.items() if len(wanted)),
         losses={name: relative(other.gradients[name].loss, wanted.loss) for name, wanted in reference.gradients.items()},
         grad_norm=relative(other.grad_norm, reference.grad_norm),
         gradients={name: errors(other.gradients[name].tensors, wanted.tensors) for name, wanted in reference.gradients.items()},
         stepped=errors(other.stepped, reference.stepped),
     )
+
+
+def rounding_errors(family: str, exact: Reference, num_layers: int = 4, aux_loss_coef: float = 0.0) -> Errors:
+    """Those of the same Hugging Face model in fp32, on the rows and losses of `exact`, which was made of the same arguments."""
+    of_losses, logprobs = {name: LOSSES[name] for name in exact.gradients}, exact.reference_logprobs
+    rounded = make_reference(
+        family, num_layers, exact.rows, of_losses, dtype=torch.float32, reference_logprobs=logprobs, aux_loss_coef=aux_loss_coef
+    )
+    return combine([findings_of(rounded, exact)], exact)
 
 
 def combine(of_ranks: Sequence[Findings], reference: Reference) -> Errors:

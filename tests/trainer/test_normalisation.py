@@ -19,7 +19,17 @@ from tandem.engine.trainer import loss as losses
 from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh
 from tests.ranks import run_ranks
-from tests.trainer.compare import TOLERANCE, Part, gather_gradients, load, objectives_of, relative_errors, squared_errors
+from tests.trainer.compare import (
+    TOLERANCE,
+    Errors,
+    Part,
+    gather_gradients,
+    load,
+    objectives_of,
+    relative_errors,
+    rounding_errors,
+    squared_errors,
+)
 from tests.trainer.families import VOCAB
 from tests.trainer.reference import CROSS_ENTROPY, LOSSES, TEMPERATURE, Reference, make_reference
 
@@ -123,15 +133,25 @@ def references(family: str, aux_loss_coef: float, of_losses: tuple[str, ...], nu
     return [make_reference(family, rows=rows, losses=chosen, aux_loss_coef=aux_loss_coef) for rows in rows]
 
 
+@functools.cache
+def rounding(family: str, aux_loss_coef: float, of_losses: tuple[str, ...], num_batches: int) -> list[Errors]:
+    """Of each batch: what Hugging Face errs by in fp32."""
+    batches = references(family, aux_loss_coef, of_losses, num_batches)
+    return [rounding_errors(family, exact, aux_loss_coef=aux_loss_coef) for exact in batches]
+
+
 def _check(num_ranks: int, mesh: MeshConfig, config: TrainerConfig, family: str, of_losses: tuple[str, ...], num_batches: int = 2) -> None:
     batches = references(family, config.moe_aux_loss_coef, of_losses, num_batches)
+    theirs = rounding(family, config.moe_aux_loss_coef, of_losses, num_batches)
     of_ranks = run_ranks(_train_on_splits, num_ranks, mesh, config, batches, of_losses, timeout_s=280)
     for outcomes in zip(*of_ranks, strict=True):
         batch, loss = outcomes[0].batch, outcomes[0].loss
         wanted = batches[batch].gradients[loss].tensors
         errors = relative_errors([outcome.squared_errors for outcome in outcomes], wanted)
+        # The token-level loss magnifies the rounding of the log-probs, in Hugging Face as here; by how much is chance.
+        allowed = max(TOLERANCE, 3 * max(theirs[batch].gradients[loss].values()))
         worst = max(errors, key=lambda name: errors[name])
-        assert errors[worst] <= TOLERANCE, f"batch {batch}, {loss}: gradient of {worst} is off by {errors[worst]:.1e}"
+        assert errors[worst] <= allowed, f"batch {batch}, {loss}: gradient of {worst} is off by {errors[worst]:.1e}"
         for outcome in outcomes:
             for place, expected in expected_statistics(batches[batch], loss).items():
                 assert outcome.statistics[place] == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE), (batch, loss, place)
