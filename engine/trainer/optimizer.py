@@ -9,6 +9,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 
 from tandem.engine.config import OptimizerConfig, TrainerConfig
+from tandem.engine.trainer.adamw import fuse_step
 from tandem.engine.trainer.layers import DTYPES
 
 
@@ -46,6 +47,8 @@ def build_optimizer(trainer: TrainerConfig, chunks: list[DistributedDataParallel
     )
     optimizer = get_megatron_optimizer(megatron_config, chunks)  # pyright: ignore[reportArgumentType]
     fill_state(optimizer)
+    for part in parts_of(optimizer):
+        fuse_step(part)
     # Megatron marks the groups that are not decayed (norms, biases), but leaves it to a scheduler of its own to heed that.
     set_optimizer_config(optimizer, config)
     return optimizer
