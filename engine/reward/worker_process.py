@@ -10,7 +10,6 @@ import pickle
 import resource
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -83,7 +82,7 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...], max_bytes: i
     except MemoryError:
         return Answer(error=f"out of memory: the limit is {max_bytes} bytes", is_last=True)
     except Exception as error:
-        return Answer(error="".join(traceback.format_exception_only(error)).strip())
+        return Answer(error=f"{type(error).__name__}: {error}")
     used_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if used_bytes > _MEMORY_SHARE * max_bytes:
         return Answer(error=f"out of memory: {used_bytes} bytes were used, more than half of {max_bytes}", is_last=True)

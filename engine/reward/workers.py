@@ -135,7 +135,7 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._closed = False
         self._dispatcher: _Dispatcher | None = None
-        self._finalizer: weakref.finalize[..., _Dispatcher] | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
 
 
 class _Dispatcher:

@@ -1,0 +1,103 @@
+"""One spelling for what LaTeX, Unicode and people write in many, without any change of value."""
+
+import re
+import unicodedata
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_SYMBOLS = {
+    **{"−": "-", "–": "-", "—": "-", "×": r" \times ", "⋅": r" \cdot ", "·": r" \cdot ", "∙": r" \cdot ", "÷": "/", "⁄": "/", "∕": "/"},
+    **{"π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp "},
+    **{"∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "√": r"\sqrt", "°": r"^{\circ}", "℃": r"^{\circ} C"},
+    **{
+        "、": ",",
+        "，": ",",
+        "；": ";",
+        "。": ".",
+        "｛": "{",
+        "｝": "}",
+        "“": "",
+        "”": "",
+        "θ": r"\theta ",
+        "α": r"\alpha ",
+        "β": r"\beta ",
+    },
+}
+_SYMBOL = re.compile("|".join(_SYMBOLS))
+_NO_SPACE = r"\\[!,;: ]|~|\u00a0|\u202f|\u2009|\{,\}|,\\!"
+
+_REPLACEMENTS = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # Thousands in LaTeX's and typographers' ways: 1{,}234  1,\!234  1\,234
+        (rf"(?<=\d)(?:{_NO_SPACE})+(?=\d{{3}}(?!\d))", ""),
+        (
+            r"\\(?:displaystyle|textstyle|limits|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg|left|right|mleft|mright|middle)(?![a-z])",
+            "",
+        ),
+        (r"\\(?:quad|qquad|hspace\*?\{[^{}]*\})|(?<!\\)\\[!,;: ]|~", " "),
+        (r"\\(?:bf|rm|it|sf)(?![a-z])", ""),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\(?:leq|leqslant|leq?q)(?![a-z])", r"\\le"),
+        (r"\\(?:geq|geqslant|geqq)(?![a-z])", r"\\ge"),
+        (r"\\neq(?![a-z])", r"\\ne"),
+        (r"\\lt(?![a-z])", "<"),
+        (r"\\gt(?![a-z])", ">"),
+        (r"<=", r"\\le "),
+        (r">=", r"\\ge "),
+        (r"\\(?:lbrace|lbrack)(?![a-z])", lambda match: r"\{" if "brace" in match.group() else "["),
+        (r"\\(?:rbrace|rbrack)(?![a-z])", lambda match: r"\}" if "brace" in match.group() else "]"),
+        (r"\\langle(?![a-z])", "("),
+        (r"\\rangle(?![a-z])", ")"),
+        (r"\\(?:varnothing|\{\s*\\\})", r"\\emptyset"),
+        (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-z])", " degrees "),
+        (r"\\%", "%"),
+        (r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+        (r"(\\frac\s*\{[^{}]*\})\s*(\d)(?!\d)", r"\1{\2}"),
+        (r"\\sqrt\s*([0-9A-Za-z])", r"\\sqrt{\1}"),
+        (r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"\\sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+        (r"(?<![A-Za-z\\])(?:infinity|infty|inf|oo)(?![A-Za-z])", r"\\infty "),
+        (r"\*\*", "^"),
+        (r"(?<=[\w)}])\s*\*\s*(?=[\w({\\])", r" \\cdot "),
+        (r"\^\s*\(\s*([-+]?\d+)\s*\)", r"^{\1}"),
+        (r"\^\s*([-+]\d+|\d{2,})", r"^{\1}"),  # TeX would raise the first digit only; nobody means that
+        (r"\s+", " "),
+    )
+)
+_FONTS = "text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf)|bm|boldsymbol|[mh]box|f?box(?:ed)?"
+_WRAPPED = re.compile(rf"\\(?:{_FONTS})\s*\{{([^{{}}]*)\}}")
+_MATH_DELIMITERS = re.compile(r"(?<!\\)\\[\[\]()]")
+_DOLLAR_PAIR = re.compile(r"(?<!\\)(\$\$?)(.+?)(?<!\\)\1")
+# Powers of powers as programs write them, the highest two first: 2^3^4 is 2^{3^4}.
+_NESTED = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
+_TOWER = re.compile(rf"\^\s*(\w+|{_NESTED})\s*\^\s*(\w+|{_NESTED})(?!\s*\^)")
+_MAX_TOWER = 4
+# An answer letter before the answer itself: "(E) 27".
+_CHOICE = re.compile(r"^\(\s*[A-J]\s*\)\s*(?=\S)")
+
+
+def normalise(answer: str) -> str:
+    """The answer in one spelling: no math delimiters, fonts, spacing commands or closing stop; Unicode symbols as LaTeX.
+
+    Idempotent. The text has at most some thousand characters; the time is linear in them.
+    """
+    answer = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: "^{" + match.group().translate(_SUPERSCRIPTS) + "}", answer)
+    answer = re.sub(r"(?<=\d)([½¼¾⅓⅔⅕⅛])", r" \1", answer)
+    answer = _SYMBOL.sub(lambda match: _SYMBOLS[match.group()], answer)
+    answer = _SYMBOL.sub(lambda match: _SYMBOLS[match.group()], unicodedata.normalize("NFKC", answer))
+    answer = _DOLLAR_PAIR.sub(r"\2", _MATH_DELIMITERS.sub("", answer))
+    for _ in range(5):  # fonts within fonts
+        unwrapped = _WRAPPED.sub(r" \1 ", answer)
+        if unwrapped == answer:
+            break
+        answer = unwrapped
+    for pattern, replacement in _REPLACEMENTS:
+        answer = pattern.sub(replacement, answer)
+    for _ in range(_MAX_TOWER):
+        answer, num_folded = _TOWER.subn(r"^{\1^\2}", answer)
+        if not num_folded:
+            break
+    answer = _CHOICE.sub("", answer.strip(" \t*_`"))
+    return answer.strip().rstrip(".,;").strip()
