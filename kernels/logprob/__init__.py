@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from tandem.kernels import backend
 from tandem.kernels.logprob import reference
+from tandem.kernels.operators import operator
 
 __all__ = ["linear_logprob", "linear_logprob_sum"]
 
@@ -47,11 +48,13 @@ def linear_logprob(
     """
     temperature_T, tp_group = _checked(hidden_TH, weight_VH, targets_T, temperature, tp_group)
     if valid_T is None:
-        return _LinearLogprob.apply(hidden_TH, weight_VH, targets_T, temperature_T, tp_group)
+        logprobs_T, entropy_T, _ = _forward(hidden_TH, weight_VH, targets_T, temperature_T, _name_of(tp_group))
+        return logprobs_T, entropy_T
     if valid_T.dtype != torch.bool or valid_T.shape != targets_T.shape:
         raise ValueError(f"valid_T is {valid_T.dtype} {tuple(valid_T.shape)}; it must be bool {tuple(targets_T.shape)}, as targets_T")
     rows_M = valid_T.nonzero()[:, 0]
-    stats_2M = torch.stack(_LinearLogprob.apply(hidden_TH[rows_M], weight_VH, targets_T[rows_M], temperature_T[rows_M], tp_group))
+    found = _forward(hidden_TH[rows_M], weight_VH, targets_T[rows_M], temperature_T[rows_M], _name_of(tp_group))
+    stats_2M = torch.stack(found[:2])
     logprobs_T, entropy_T = stats_2M.new_zeros((2, len(targets_T))).index_copy(1, rows_M, stats_2M)
     return logprobs_T, entropy_T
 
@@ -83,54 +86,107 @@ def linear_logprob_sum(
             f"coefficients_T is {coefficients_T.dtype} {tuple(coefficients_T.shape)}; "
             f"it must be {temperature_T.dtype} {tuple(targets_T.shape)}, one for each target"
         )
-    return _LinearLogprobSum.apply(hidden_TH, weight_VH, targets_T, temperature_T, coefficients_T, tp_group)
+    total, logprobs_T, entropy_T, _, _ = _sum(hidden_TH, weight_VH, targets_T, temperature_T, coefficients_T, _name_of(tp_group))
+    return total, logprobs_T, entropy_T
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor, temperature_T: torch.Tensor, tp_group: Any
-    ) -> Any:
-        forward = _implementation(hidden_TH).logprob_forward
-        logprobs_T, entropy_T, lse_T = forward(hidden_TH, weight_VH, targets_T, temperature_T, tp_group)
-        ctx.save_for_backward(hidden_TH, weight_VH, targets_T, temperature_T, lse_T, entropy_T)
-        ctx.tp_group = tp_group
-        ctx.set_materialize_grads(False)
-        return logprobs_T, entropy_T
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        grad_logprobs_T, grad_entropy_T = grad_outputs
-        if grad_logprobs_T is None and grad_entropy_T is None:
-            return None, None, None, None, None
-        hidden_TH, weight_VH, targets_T, temperature_T, lse_T, entropy_T = ctx.saved_tensors
-        grad_hidden_TH, grad_weight_VH = _implementation(hidden_TH).logprob_backward(
-            grad_logprobs_T, grad_entropy_T, hidden_TH, weight_VH, targets_T, temperature_T, lse_T, entropy_T, ctx.tp_group
-        )
-        return grad_hidden_TH, grad_weight_VH, None, None, None
+@operator("linear_logprob")
+def _forward(
+    hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor, temperature_T: torch.Tensor, tp_group: str | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logprobs_T, entropy_T, lse_T)."""
+    return _implementation(hidden_TH).logprob_forward(hidden_TH, weight_VH, targets_T, temperature_T, _group_of(tp_group))
 
 
-class _LinearLogprobSum(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_TH: torch.Tensor,
-        weight_VH: torch.Tensor,
-        targets_T: torch.Tensor,
-        temperature_T: torch.Tensor,
-        coefficients_T: torch.Tensor,
-        tp_group: Any,
-    ) -> Any:
-        with_gradient = _implementation(hidden_TH).logprob_with_gradient
-        logprobs_T, entropy_T, *grads = with_gradient(hidden_TH, weight_VH, targets_T, temperature_T, coefficients_T, tp_group)
-        ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(logprobs_T, entropy_T)
-        return (coefficients_T * logprobs_T).sum(), logprobs_T, entropy_T
+@_forward.register_fake
+def _(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor, temperature_T: torch.Tensor, tp_group: str | None) -> Any:
+    return tuple(torch.empty_like(temperature_T) for _ in range(3))
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        grad_hidden_TH, grad_weight_VH = ctx.saved_tensors
-        return grad_hidden_TH * grad_outputs[0], grad_weight_VH * grad_outputs[0], None, None, None, None
+
+@operator("linear_logprob_backward")
+def _backward(
+    grad_logprobs_T: torch.Tensor | None,
+    grad_entropy_T: torch.Tensor | None,
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_T: torch.Tensor,
+    temperature_T: torch.Tensor,
+    lse_T: torch.Tensor,
+    entropy_T: torch.Tensor,
+    tp_group: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    backward = _implementation(hidden_TH).logprob_backward
+    saved = (hidden_TH, weight_VH, targets_T, temperature_T, lse_T, entropy_T)
+    return backward(grad_logprobs_T, grad_entropy_T, *saved, _group_of(tp_group))
+
+
+@_backward.register_fake
+def _(
+    grad_logprobs_T: torch.Tensor | None, grad_entropy_T: torch.Tensor | None, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(hidden_TH), torch.empty_like(weight_VH)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, ctx.tp_group = inputs
+    _, entropy_T, lse_T = output
+    ctx.save_for_backward(*tensors, lse_T, entropy_T)
+    ctx.mark_non_differentiable(lse_T)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_logprobs_T: Any, grad_entropy_T: Any, _: Any) -> tuple[torch.Tensor | None, ...]:
+    if grad_logprobs_T is None and grad_entropy_T is None:
+        return (None,) * 5
+    return *_backward(grad_logprobs_T, grad_entropy_T, *ctx.saved_tensors, ctx.tp_group), None, None, None
+
+
+_forward.register_autograd(_gradients, keep=_keep)
+
+
+@operator("linear_logprob_sum")
+def _sum(
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_T: torch.Tensor,
+    temperature_T: torch.Tensor,
+    coefficients_T: torch.Tensor,
+    tp_group: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum, logprobs_T, entropy_T) and the gradients of the sum."""
+    with_gradient = _implementation(hidden_TH).logprob_with_gradient
+    inputs = (hidden_TH, weight_VH, targets_T, temperature_T, coefficients_T)
+    logprobs_T, entropy_T, grad_hidden_TH, grad_weight_VH = with_gradient(*inputs, _group_of(tp_group))
+    return (coefficients_T * logprobs_T).sum(), logprobs_T, entropy_T, grad_hidden_TH, grad_weight_VH
+
+
+@_sum.register_fake
+def _(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, _: torch.Tensor, temperature_T: torch.Tensor, *__: Any) -> Any:
+    likes = (temperature_T, temperature_T, hidden_TH, weight_VH)
+    return temperature_T.new_empty(()), *map(torch.empty_like, likes)
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[3:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _scaled_gradients(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    grads = [None, None] if grad is None else [gradient * grad for gradient in ctx.saved_tensors]
+    return *grads, None, None, None, None
+
+
+_sum.register_autograd(_scaled_gradients, keep=_keep_gradients)
+
+
+def _name_of(tp_group: dist.ProcessGroup | None) -> str | None:
+    """Operators take names: a group is no type of theirs."""
+    return None if tp_group is None else tp_group.group_name
+
+
+def _group_of(name: str | None) -> dist.ProcessGroup | None:
+    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
 
 
 def _implementation(hidden_TH: torch.Tensor) -> Any:

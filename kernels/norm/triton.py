@@ -58,24 +58,24 @@ def _backward_kernel(
 
 
 def forward(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out_TH, rstd_T)."""
+    """(out_TH, rstd_T1)."""
     x_TH = x_TH.contiguous()
     width = x_TH.shape[-1]
     num_rows = x_TH.numel() // max(1, width)
-    out_TH, rstd_T = torch.empty_like(x_TH), torch.empty(num_rows, dtype=torch.float32, device=x_TH.device)
+    out_TH, rstd_T1 = torch.empty_like(x_TH), x_TH.new_empty((*x_TH.shape[:-1], 1), dtype=torch.float32)
     rows, padded = _tile(width)
     if num_rows:
         grid = (triton.cdiv(num_rows, rows),)
         _forward_kernel[grid](
-            x_TH, weight_H.contiguous(), out_TH, rstd_T, num_rows, eps, H=width, ROWS=rows, WIDTH=padded, num_warps=_num_warps(width)
+            x_TH, weight_H.contiguous(), out_TH, rstd_T1, num_rows, eps, H=width, ROWS=rows, WIDTH=padded, num_warps=_num_warps(width)
         )
-    return out_TH, rstd_T
+    return out_TH, rstd_T1
 
 
-def backward(grad_TH: torch.Tensor, x_TH: torch.Tensor, weight_H: torch.Tensor, rstd_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def backward(grad_TH: torch.Tensor, x_TH: torch.Tensor, weight_H: torch.Tensor, rstd_T1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x and of the weight."""
     grad_TH, x_TH = grad_TH.contiguous(), x_TH.contiguous()
-    width, num_rows = x_TH.shape[-1], rstd_T.numel()
+    width, num_rows = x_TH.shape[-1], rstd_T1.numel()
     grad_x_TH = torch.empty_like(x_TH)
     rows, padded = _tile(width)
     num_programs = min(MAX_PROGRAMS, max(1, triton.cdiv(num_rows, rows)))
@@ -85,7 +85,7 @@ def backward(grad_TH: torch.Tensor, x_TH: torch.Tensor, weight_H: torch.Tensor, 
             grad_TH,
             x_TH,
             weight_H.contiguous(),
-            rstd_T,
+            rstd_T1,
             grad_x_TH,
             parts_PH,
             num_rows,

@@ -10,6 +10,7 @@ import torch
 
 from tandem.kernels.backend import runs_native, runs_triton
 from tandem.kernels.native import library_for
+from tandem.kernels.operators import operator
 from tandem.kernels.policy_loss import cuda, reference
 
 __all__ = ["Baseline", "Variant", "group_statistics", "normaliser_of", "policy_loss"]
@@ -64,6 +65,24 @@ def group_statistics(
     _check_offsets("cu_groups", cu_groups, None, num_responses, base_rewards_R.device)
     if baseline == "log_mean_exp" and tau <= 0:
         raise ValueError(f"tau is {tau}; baseline=log_mean_exp divides by it, so it must be positive")
+    length_rewards_R, rewards_R, advantages_R = _group_statistics(
+        base_rewards_R, lengths_R, correct_R, graded_R, cu_groups, length_weight, baseline, tau, normalise_std
+    )
+    return length_rewards_R, rewards_R, advantages_R
+
+
+@operator("group_statistics")
+def _group_statistics(
+    base_rewards_R: torch.Tensor,
+    lengths_R: torch.Tensor,
+    correct_R: torch.Tensor,
+    graded_R: torch.Tensor,
+    cu_groups: torch.Tensor,
+    length_weight: float,
+    baseline: str,
+    tau: float,
+    normalise_std: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = (base_rewards_R, lengths_R, correct_R, graded_R, cu_groups)
     options: Any = {"length_weight": length_weight, "baseline": baseline, "tau": tau, "normalise_std": normalise_std}
     if runs_triton(base_rewards_R):
@@ -74,6 +93,11 @@ def group_statistics(
     if library is not None:
         return cuda.group_statistics(library, *inputs, **options)
     return reference.group_statistics(*inputs, **options)
+
+
+@_group_statistics.register_fake
+def _(base_rewards_R: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(base_rewards_R), torch.empty_like(base_rewards_R), torch.empty_like(base_rewards_R)
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -140,29 +164,51 @@ def policy_loss(
         _check_tensor("importance_weights_T", importance_weights_T, shape, dtype, device)
     _check_offsets("cu_seqlens", cu_seqlens, advantages_R.shape[0], logprobs_T.shape[0], device)
     constants = (reference_logprobs_T.detach(), advantages_R, cu_seqlens, loss_mask_T, importance_weights_T)
-    options: Any = {"variant": variant, "tau": tau, "clip_low": clip_low, "clip_high": clip_high}
     if dtype == torch.float32 and (runs_triton(logprobs_T) or (runs_native(logprobs_T) and library_for(logprobs_T) is not None)):
-        return _PolicyLoss.apply(logprobs_T, constants, options)
-    return reference.policy_loss(logprobs_T, *constants, **options)
+        return _loss_and_coefficients(logprobs_T, *constants, variant, tau, clip_low, clip_high)[0]
+    return reference.policy_loss(logprobs_T, *constants, variant=variant, tau=tau, clip_low=clip_low, clip_high=clip_high)
 
 
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logprobs_T: torch.Tensor, constants: tuple[Any, ...], options: dict[str, Any]) -> torch.Tensor:
-        if runs_triton(logprobs_T):
-            from tandem.kernels.policy_loss import triton
+@operator("policy_loss")
+def _loss_and_coefficients(
+    logprobs_T: torch.Tensor,
+    reference_logprobs_T: torch.Tensor,
+    advantages_R: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    loss_mask_T: torch.Tensor | None,
+    importance_weights_T: torch.Tensor | None,
+    variant: str,
+    tau: float,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss_R, d loss / d logprobs_T)."""
+    inputs = (logprobs_T, reference_logprobs_T, advantages_R, cu_seqlens, loss_mask_T, importance_weights_T)
+    options: Any = {"variant": variant, "tau": tau, "clip_low": clip_low, "clip_high": clip_high}
+    if runs_triton(logprobs_T):
+        from tandem.kernels.policy_loss import triton
 
-            loss_R, coefficients_T = triton.loss_and_coefficients(logprobs_T, *constants, **options)
-        else:
-            library = library_for(logprobs_T)
-            assert library is not None
-            loss_R, coefficients_T = cuda.loss_and_coefficients(library, logprobs_T, *constants, **options)
-        ctx.save_for_backward(coefficients_T, constants[2])
-        return loss_R
+        return triton.loss_and_coefficients(*inputs, **options)
+    library = library_for(logprobs_T)
+    assert library is not None
+    return cuda.loss_and_coefficients(library, *inputs, **options)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_R,) = grad_outputs
-        coefficients_T, cu_seqlens = ctx.saved_tensors
-        grad_T = torch.repeat_interleave(grad_R, cu_seqlens.diff().long(), output_size=len(coefficients_T))
-        return grad_T * coefficients_T, None, None
+
+@_loss_and_coefficients.register_fake
+def _(logprobs_T: torch.Tensor, _: torch.Tensor, advantages_R: torch.Tensor, *__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(advantages_R), torch.empty_like(logprobs_T)
+
+
+def _keep_coefficients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    _, coefficients_T = output
+    ctx.save_for_backward(coefficients_T, inputs[3])
+    ctx.mark_non_differentiable(coefficients_T)
+
+
+def _times_coefficients(ctx: Any, grad_R: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    coefficients_T, cu_seqlens = ctx.saved_tensors
+    grad_T = torch.repeat_interleave(grad_R, cu_seqlens.diff().long(), output_size=len(coefficients_T))
+    return grad_T * coefficients_T, *[None] * 9
+
+
+_loss_and_coefficients.register_autograd(_times_coefficients, keep=_keep_coefficients)

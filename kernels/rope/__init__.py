@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tandem.kernels.backend import runs_triton
+from tandem.kernels.operators import operator
 from tandem.kernels.rope import reference
 
 __all__ = ["interleaved_rope", "rope"]
@@ -26,7 +27,7 @@ def rope(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> t
     if x_TND.shape[-1] % 2 or tuple(cos_T1D.shape) != need or tuple(sin_T1D.shape) != need:
         shapes = f"x_TND {tuple(x_TND.shape)}, cos_T1D {tuple(cos_T1D.shape)}, sin_T1D {tuple(sin_T1D.shape)}"
         raise ValueError(f"{shapes} do not fit: need [T, N, D], [T, 1, D/2], [T, 1, D/2] with an even D")
-    return _Rope.apply(x_TND, cos_T1D, sin_T1D)
+    return _rotate(x_TND, cos_T1D, sin_T1D, False)
 
 
 def interleaved_rope(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
@@ -37,20 +38,27 @@ def interleaved_rope(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.
     return rope(x_TND.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), cos_T1D, sin_T1D)
 
 
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos_T1D, sin_T1D)
-        return _rotate(x_TND, cos_T1D, sin_T1D, back=False)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return _rotate(grad_outputs[0], *ctx.saved_tensors, back=True), None, None
-
-
-def _rotate(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, *, back: bool) -> torch.Tensor:
+@operator("rope")
+def _rotate(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, back: bool) -> torch.Tensor:
     if runs_triton(x_TND):
         from tandem.kernels.rope import triton
 
         return triton.rotate(x_TND, cos_T1D, sin_T1D, back=back)
     return reference.rotate(x_TND, cos_T1D, -sin_T1D if back else sin_T1D)
+
+
+@_rotate.register_fake
+def _(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, back: bool) -> torch.Tensor:
+    return torch.empty_like(x_TND, memory_format=torch.contiguous_format)
+
+
+def _keep_angles(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, cos_T1D, sin_T1D, ctx.back = inputs
+    ctx.save_for_backward(cos_T1D, sin_T1D)
+
+
+def _turned_back(ctx: Any, grad_TND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return _rotate(grad_TND, *ctx.saved_tensors, not ctx.back), None, None, None
+
+
+_rotate.register_autograd(_turned_back, keep=_keep_angles)
