@@ -10,6 +10,7 @@ import tyro
 
 from tandem.engine.errors import clear_errors
 from tandem.engine.recipes.registry import parse_launch
+from tandem.engine.reward.execution import Limits
 
 
 def train(recipe: tyro.conf.Positional[str], nproc: int = 1) -> None:
@@ -115,6 +116,27 @@ def parity(
         raise SystemExit(1)
 
 
+def sandbox_serve(
+    host: str = "127.0.0.1",
+    port: int = 8600,
+    workers: int | None = None,
+    queue: int = 256,
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
+) -> None:
+    """Run untrusted programs for other nodes, over HTTP: /run, /health, /metrics. docs/sandbox.md says what that stops.
+
+    Args:
+        host: Address to listen on. There is no authentication: a private network's, or a reverse proxy in front.
+        port: Port to listen on.
+        workers: Programs at a time; by default one for each core.
+        queue: Requests that may wait; more get 429 with Retry-After.
+        limits: The most that a request may ask for.
+    """
+    from tandem.engine.reward.service import serve
+
+    serve(host, port, num_workers=workers, max_waiting=queue, limits=limits)
+
+
 def bench(name: tyro.conf.Positional[str]) -> None:
     """Measure kernels and swaps against their floors and peers. `tandem bench --help` lists what there is.
 
@@ -136,7 +158,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             raise SystemExit(run_benchmarks(args[1:]))
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "export": export, "evaluate": evaluate, "report": report, "parity": parity, "bench": bench},
+            {
+                "train": train,
+                "export": export,
+                "evaluate": evaluate,
+                "report": report,
+                "parity": parity,
+                "sandbox-serve": sandbox_serve,
+                "bench": bench,
+            },
             prog="tandem",
             description="Reinforcement learning of long chain-of-thought models.",
             args=args,

@@ -1,0 +1,141 @@
+"""Programs that attack the sandbox, its host, other runs, or the tests: none succeeds, and nothing of them is left."""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tandem.engine.reward.execution import MIB, Limits, Status
+from tandem.engine.reward.sandbox import Sandbox
+from tests.reward.hostile import ATTACKS, SECRET, Attack
+from tests.reward.sandboxes import SYSTEM_PYTHON, sandbox_or_skip
+
+LIMITS = Limits(wall_s=1.5, cpu_s=1.0, memory_bytes=128 * MIB, output_bytes=MIB, scratch_bytes=16 * MIB)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What a run could leave on the machine."""
+
+    processes: frozenset[int]
+    mounts: frozenset[str]
+    cgroups: frozenset[str]
+    shared_memory: frozenset[str]
+    temporary: frozenset[str]
+
+    @classmethod
+    def now(cls) -> "Traces":
+        """Of this process: what others do at the same time is not ours."""
+        groups = [str(path) for path in Path("/sys/fs/cgroup").rglob(f"tandem-{os.getpid()}-*") if path.is_dir()]
+        mounts = [
+            line for line in Path("/proc/self/mounts").read_text().splitlines() if re.search(r" /(box|mnt|tmp|dev/shm)/?\S* tmpfs", line)
+        ]
+        return cls(
+            processes=frozenset(child.pid for child in psutil.Process().children(recursive=True)),
+            mounts=frozenset(mounts),
+            cgroups=frozenset(groups),
+            shared_memory=frozenset(name for name in os.listdir("/dev/shm") if "hostile" in name),
+            temporary=frozenset(name for name in os.listdir("/tmp") if "hostile" in name),
+        )
+
+
+def settled(before: Traces, timeout_s: float = 20.0) -> Traces:
+    """What is there once it is no more than before, or after the time."""
+    deadline = time.monotonic() + timeout_s
+    while (after := Traces.now()) != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return after
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    before = Traces.now()
+    yield
+    assert settled(before) == before
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with sandbox_or_skip(limits=LIMITS) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+def test_an_attack_fails_and_leaves_nothing(sandbox: Sandbox, attack: Attack) -> None:
+    sandbox.run("pass")
+    before = Traces.now()
+    secret = Path("/tmp/tandem-secret")  # what the graders know
+    done = sandbox.run(attack.source, stdin="input")
+    assert done.status in attack.ends, done
+    assert b"BROKEN" not in done.stdout, done.stdout.decode()
+    assert SECRET.encode() not in done.stdout + done.stderr
+    assert not secret.exists()
+    after = settled(before)
+    # a worker whose run filled its memory may have been replaced: the same number of processes, of other ids
+    assert len(after.processes) == len(before.processes)
+    assert (after.mounts, after.shared_memory, after.temporary) == (before.mounts, before.shared_memory, before.temporary)
+    assert len(after.cgroups) == len(before.cgroups)
+    again = sandbox.run(
+        "import os; print(sorted(os.listdir('/box') + os.listdir('/tmp') + os.listdir('/dev/shm')), len(os.listdir('/proc')) > 9)"
+    )
+    assert again.stdout == b"['main.py'] True\n", again
+
+
+def test_nothing_but_scratch_space_can_be_written(sandbox: Sandbox) -> None:
+    source = """
+import os
+for folder, names, files in os.walk("/"):
+    if folder.startswith(("/proc", "/box", "/tmp", "/dev/shm")):
+        names.clear()
+        continue
+    try:
+        open(os.path.join(folder, "hostile"), "w")
+        print("BROKEN", folder)
+    except OSError:
+        pass
+    if folder.count("/") > 3:
+        names.clear()
+print("walked")
+"""
+    done = sandbox.run(source, limits=Limits())
+    assert done.stdout == b"walked\n", done
+
+
+def test_without_cgroups_attacks_leave_nothing_either() -> None:
+    before = Traces.now()
+    with sandbox_or_skip(limits=LIMITS, use_cgroups=False) as sandbox:
+        for attack in ATTACKS:
+            done = sandbox.run(attack.source, stdin="input")
+            assert b"BROKEN" not in done.stdout, (attack.name, done.stdout.decode())
+            assert done.status is not Status.SANDBOX_ERROR, (attack.name, done.stderr.decode())
+        assert sandbox.run("print(1)").stdout == b"1\n"
+    assert settled(before) == before
+
+
+def test_in_a_user_namespace_attacks_fail_too() -> None:
+    if not SYSTEM_PYTHON.exists():
+        pytest.skip(f"{SYSTEM_PYTHON}, which every user may read, is not there")
+    with sandbox_or_skip(limits=LIMITS, user_namespace=True, python=SYSTEM_PYTHON) as sandbox:
+        for attack in ATTACKS:
+            done = sandbox.run(attack.source, stdin="input")
+            assert b"BROKEN" not in done.stdout, (attack.name, done.stdout.decode())
+            assert done.status in attack.ends, (attack.name, done)
+        assert sandbox.run("print(1)").stdout == b"1\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_hundreds_of_attacks_in_a_row_leave_nothing() -> None:
+    before = Traces.now()
+    with sandbox_or_skip(limits=Limits(wall_s=0.5, cpu_s=0.4, memory_bytes=64 * MIB, output_bytes=MIB, scratch_bytes=16 * MIB)) as sandbox:
+        for number in range(400):
+            attack = ATTACKS[number % len(ATTACKS)]
+            done = sandbox.run(attack.source, stdin="input")
+            assert b"BROKEN" not in done.stdout, (attack.name, done.stdout.decode())
+        assert sandbox.run("print(1)").stdout == b"1\n"
+    assert settled(before) == before

@@ -1,0 +1,156 @@
+"""The sandbox over HTTP, against the server that the command starts."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tandem.engine.reward.bubblewrap import UnavailableError, check_available
+from tandem.engine.reward.code import grade_code
+from tandem.engine.reward.code_tests import StdioTest
+from tandem.engine.reward.execution import Limits, Status
+from tandem.engine.reward.remote import RemoteSandbox
+
+LIMITS = Limits(wall_s=5, cpu_s=3, output_bytes=1 << 16)
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    process: subprocess.Popen[bytes]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """One worker, and two requests may wait."""
+    try:
+        check_available(is_root=os.geteuid() == 0)
+    except UnavailableError as error:
+        pytest.skip(f"no sandbox on this machine: {error}")
+    port = free_port()
+    words = [sys.executable, "-m", "tandem.engine.cli", "sandbox-serve", "--port", str(port), "--workers", "1", "--queue", "2"]
+    words += ["--limits.wall-s", "5", "--limits.cpu-s", "3", "--limits.output-bytes", str(1 << 16)]
+    process = subprocess.Popen(words)
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            httpx.get(f"{url}/health", timeout=20)
+            break
+        except httpx.HTTPError:
+            assert process.poll() is None, "the server ended"
+            assert time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.1)
+    yield Server(url, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) in (0, -signal.SIGTERM)
+    assert not list(Path("/sys/fs/cgroup").rglob(f"tandem-{process.pid}-*"))
+
+
+def metric(server: Server, name: str) -> float:
+    text = httpx.get(f"{server.url}/metrics").text
+    return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
+
+
+def test_a_remote_sandbox_is_used_like_one_here(server: Server) -> None:
+    with RemoteSandbox(server.url) as sandbox:
+        done = sandbox.run(
+            "import sys; sys.stdout.buffer.write(open('data', 'rb').read() + sys.stdin.buffer.read())",
+            stdin=b"\xff\0",
+            files={"data": b"\xfe"},
+        )
+        assert (done.status, done.stdout) == (Status.OK, b"\xfe\xff\0"), done
+        assert sandbox.run("while True: pass", limits=Limits(wall_s=5, cpu_s=0.3, output_bytes=1)).status is Status.TIME_LIMIT
+        assert sandbox.run("while True: print('x' * 1000)", limits=LIMITS).status is Status.OUTPUT_LIMIT
+        assert grade_code("print(int(input()) + 1)", [StdioTest(stdin="1", expected="2")], sandbox).correct
+        assert not grade_code("print(int(input()) + 2)", [StdioTest(stdin="1", expected="2")], sandbox).correct
+
+
+def test_health_says_what_runs_here(server: Server) -> None:
+    answer = httpx.get(f"{server.url}/health", timeout=20)
+    assert answer.status_code == 200
+    assert answer.json()["workers"] == 1
+    assert "python" in answer.json()["languages"]
+
+
+def test_metrics_count_runs_by_language_and_status(server: Server) -> None:
+    before = metric(server, 'sandbox_runs_total{language="python",status="runtime_error"}'.replace("{", "\\{").replace("}", "\\}"))
+    with RemoteSandbox(server.url) as sandbox:
+        sandbox.run("1 / 0", limits=LIMITS)
+    text = httpx.get(f"{server.url}/metrics").text
+    assert f'sandbox_runs_total{{language="python",status="runtime_error"}} {int(before) + 1}' in text
+    assert metric(server, "sandbox_run_seconds_count") == metric(server, "sandbox_runs_total")
+
+
+def test_bad_requests_are_refused_with_the_rule(server: Server) -> None:
+    with RemoteSandbox(server.url) as sandbox:
+        with pytest.raises(ValueError, match="at most 5"):
+            sandbox.run("", limits=Limits(wall_s=60))
+        with pytest.raises(ValueError, match="'cobol'; it must be one of"):
+            sandbox.run("", language="cobol")
+        with pytest.raises(ValueError, match="must be relative"):
+            sandbox.run("", files={"../x": b""})
+    assert httpx.post(f"{server.url}/run", json={"source": "", "unknown": 1}).status_code == 422
+    assert httpx.post(f"{server.url}/run", json={"source": "", "stdin": "*"}).status_code == 400
+    assert httpx.post(f"{server.url}/run", json={"source": "", "limits": {"memory": 1}}).status_code == 400
+
+
+def test_a_full_queue_turns_requests_away_and_clients_come_back(server: Server) -> None:
+    sleeper = {"source": "import time; time.sleep(2)"}
+    answers: list[httpx.Response] = []
+
+    def post() -> None:
+        answers.append(httpx.post(f"{server.url}/run", json=sleeper, timeout=60))
+
+    threads = [threading.Thread(target=post) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    while not any(answer.status_code == 429 for answer in answers):
+        assert any(thread.is_alive() for thread in threads), answers
+        time.sleep(0.01)
+    with RemoteSandbox(server.url) as patient:
+        assert patient.run("print(1)", limits=LIMITS).stdout == b"1\n"
+    for thread in threads:
+        thread.join()
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 429, 429, 429]
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers if answer.status_code == 429)
+    assert metric(server, "sandbox_refused_total") >= 3
+
+
+def test_a_service_that_is_not_there_is_a_sandbox_error() -> None:
+    with RemoteSandbox(f"http://127.0.0.1:{free_port()}", patience_s=0.5) as sandbox:
+        done = sandbox.run("print(1)")
+    assert done.status is Status.SANDBOX_ERROR
+    assert b"ConnectError" in done.stderr
+
+
+def test_sigterm_lets_a_run_end(server: Server) -> None:
+    """Last: the server is stopping after it."""
+    with RemoteSandbox(server.url) as sandbox:
+        results = []
+        running = threading.Thread(
+            target=lambda: results.append(sandbox.run("import time; time.sleep(1.5); print('whole')", limits=LIMITS))
+        )
+        running.start()
+        deadline = time.monotonic() + 20
+        while metric(server, "sandbox_running") == 0 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        running.join(60)
+    assert results[0].stdout == b"whole\n", results
