@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tandem.engine.architecture import Architecture
 from tandem.engine.checkpoint.disk import load_latest
 from tandem.engine.checkpoint.hf_folder import load_hf_weights, read_stop_token_ids
 from tandem.engine.checkpoint.save import CheckpointSaver
@@ -23,8 +24,11 @@ from tandem.engine.errors import Stopped
 from tandem.engine.feasibility import check_run
 from tandem.engine.generation import Generation
 from tandem.engine.hf_config import hf_config_of
+from tandem.engine.mesh_rules import kv_heads_in_attention, splits_heads
 from tandem.engine.reward.judge import DOMAINS, Judge
 from tandem.engine.rollout.embedded import EmbeddedEngine
+from tandem.engine.rollout.sglang import SGLangEngine
+from tandem.engine.rollout.sglang_server import ServerSetup, SGLangServer
 from tandem.engine.run import Run
 from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh, destroy_mesh
@@ -135,6 +139,13 @@ class Parts:
                 say(f"model.context_length is {needed}: the longest of your prompts ({longest} tokens) and a response.")
         if model.path is None and data.prompts is not None and run.config.sft and data.sft is None:
             say("The warm start is on the recipe's own task: data.sft names no examples.")
+        if config.mesh.cp > 1 and config.trainer.cp_attention == "auto":
+            architecture = Architecture.from_hf(hf_config_of(run.config.model, self.tokenizer))
+            attention = "ulysses" if splits_heads("auto", config.mesh, architecture) else "all_gather"
+            run.resolve(trainer=dataclasses.replace(config.trainer, cp_attention=attention))
+            say(
+                f"trainer.cp_attention is {attention}: {kv_heads_in_attention(architecture)} key/value heads, {config.mesh.tp * config.mesh.cp} ranks."
+            )
 
     def _data_files(self) -> tuple[Path, Path | None, Path]:
         """Prompts, held-out prompts and supervised examples: the user's files, or those of the task, written into the run folder."""
@@ -148,19 +159,37 @@ class Parts:
         held_out = Path(data.eval_prompts) if data.eval_prompts is not None else held_out
         return prompts, held_out, Path(data.sft) if data.sft is not None else folder / "sft.jsonl"
 
-    def _start_engine(self, hf_config: Mapping[str, Any], stack: contextlib.ExitStack) -> EmbeddedEngine:
-        config = self.run.config
-        (self.run.dir / "logs").mkdir(exist_ok=True)
-        engine = EmbeddedEngine(
-            hf_config,
-            config.rollout,
-            dtype=config.trainer.dtype,
-            context_length=config.model.context_length,
-            stop_token_ids=stop_token_ids(self.tokenizer, config.model.path),
-            num_threads=self.run.num_threads,
-            log_path=self.run.dir / "logs" / f"engine_{self.run.rank}.log",
-            timeout_s=config.swap.timeout_s,
-        )
+    def _start_engine(self, hf_config: Mapping[str, Any], stack: contextlib.ExitStack) -> EmbeddedEngine | SGLangEngine:
+        run, config = self.run, self.run.config
+        (run.dir / "logs").mkdir(exist_ok=True)
+        log_path = run.dir / "logs" / f"engine_{run.rank}.log"
+        stop_ids, timeout_s = stop_token_ids(self.tokenizer, config.model.path), config.swap.timeout_s
+        if config.rollout.engine == "sglang":
+            setup = ServerSetup(
+                hf_config=hf_config,
+                config=config.rollout.sglang,
+                dtype=config.trainer.dtype,
+                context_length=config.model.context_length,
+                max_running=config.rollout.max_batch,
+                record_routing=config.rollout.record_routing,
+                tp=config.rollout.tp,
+                num_threads=run.num_threads,
+                node_rank=run.local_rank,
+                on_gpu=bool(run.hardware.gpus),
+                log_path=log_path,
+            )
+            engine = SGLangEngine(SGLangServer(setup), config.rollout, stop_token_ids=stop_ids, timeout_s=timeout_s)
+        else:
+            engine = EmbeddedEngine(
+                hf_config,
+                config.rollout,
+                dtype=config.trainer.dtype,
+                context_length=config.model.context_length,
+                stop_token_ids=stop_ids,
+                num_threads=run.num_threads,
+                log_path=log_path,
+                timeout_s=timeout_s,
+            )
         stack.callback(engine.close)
         return engine
 

@@ -18,15 +18,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-import torch
-
 from tandem.engine.architecture import Architecture
 from tandem.engine.buckets import BucketStream
 from tandem.engine.config import RolloutConfig
+from tandem.engine.rollout.requests import check_requests
 from tandem.engine.rollout.setup import WorkerSetup
-from tandem.engine.types import BucketEntry, Completion, EngineDiedError, GenerationRequest, StopState, TensorMeta
+from tandem.engine.rollout.weights import DTYPES
+from tandem.engine.types import BucketEntry, Completion, EngineDiedError, GenerationRequest, TensorMeta
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LOG_TAIL_BYTES = 3000
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -83,8 +82,8 @@ class EmbeddedEngine:
             timeout_s: deadline of every answer to a weight command, in seconds.
         Raises: ValueError if the model or the dtype is not supported, or an option does not suit it.
         """
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; the embedded rollout engine has {' and '.join(_DTYPES)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; the embedded rollout engine has {' and '.join(DTYPES)}")
         if num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}; it must be at least 1")
         architecture = Architecture.from_hf(hf_config)
@@ -93,7 +92,7 @@ class EmbeddedEngine:
         self._setup = WorkerSetup(
             architecture=architecture,
             config=config,
-            dtype=_DTYPES[dtype],
+            dtype=DTYPES[dtype],
             context_length=context_length,
             stop_token_ids=tuple(stop_token_ids),
             num_threads=num_threads,
@@ -159,9 +158,13 @@ class EmbeddedEngine:
         Raises: ValueError naming the request that does not fit the context or is malformed; RuntimeError when no weights are
             committed, when a generation runs already, or when the child died.
         """
-        self._check(requests)
-        if token_budget is not None and token_budget < 0:
-            raise ValueError(f"token_budget is {token_budget}; it must not be negative")
+        check_requests(
+            requests,
+            token_budget,
+            context_length=self._setup.context_length,
+            vocab_size=self._setup.architecture.vocab_size,
+            policy_version=self._policy_version,
+        )
         self._check_idle("generate")
         if self._policy_version < 0:
             raise RuntimeError(f"{self._name()} has no weights; commit a version first")
@@ -198,43 +201,6 @@ class EmbeddedEngine:
                     self._generating = message is not None and message[0] != "generated"
                     if message is None:
                         self._messages.put(None)
-
-    def _check(self, requests: Sequence[GenerationRequest]) -> None:
-        context, vocab_size = self._setup.context_length, self._setup.architecture.vocab_size
-        seen: set[str] = set()
-        for request in requests:
-            name, length = f"request {request.request_id!r}", len(request.token_ids)
-            if request.request_id in seen:
-                raise ValueError(f"{name} occurs twice; request ids must differ")
-            seen.add(request.request_id)
-            if not length:
-                raise ValueError(f"{name} has no tokens; it needs at least one to continue")
-            if request.max_new_tokens < 0:
-                raise ValueError(f"{name}: max_new_tokens is {request.max_new_tokens}; it must not be negative")
-            if length + request.max_new_tokens > context:
-                raise ValueError(
-                    f"{name}: {length} tokens and max_new_tokens={request.max_new_tokens} exceed the context of {context} tokens"
-                )
-            if not 0 <= request.num_prefix_tokens < length:
-                raise ValueError(f"{name}: num_prefix_tokens is {request.num_prefix_tokens}; it must lie in [0, {length})")
-            if not 0 <= request.seed < 1 << 63:
-                raise ValueError(f"{name}: seed is {request.seed}; it must lie in [0, 2**63)")
-            if request.temperature is not None and request.temperature < 0:
-                raise ValueError(f"{name}: temperature is {request.temperature}; it must not be negative")
-            if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
-                raise ValueError(f"{name}: token ids must lie in [0, {vocab_size})")
-            if request.recorded is not None:
-                self._check_recorded(name, request.max_new_tokens, request.recorded)
-
-    def _check_recorded(self, name: str, max_new_tokens: int, recorded: Completion) -> None:
-        """Whether this generation could have made it. Raises ValueError."""
-        version, length = recorded.policy_version, len(recorded.token_ids)
-        if version != self._policy_version:
-            raise ValueError(f"{name}: its recorded completion is of policy version {version}, the engine serves {self._policy_version}")
-        if length > max_new_tokens:
-            raise ValueError(f"{name}: its recorded completion has {length} tokens, max_new_tokens is {max_new_tokens}")
-        if recorded.stop is StopState.ABORTED:
-            raise ValueError(f"{name}: its recorded completion was aborted, which no request repeats; ask without it")
 
     def abort(self, request_ids: Collection[str] | None = None) -> None:
         """See `RolloutEngine.abort`. Nothing happens when no generation runs; ids that are not running are ignored."""

@@ -115,6 +115,10 @@ class WeightStore:
         self._spare, self.serving, self._receiving = self.serving, self._receiving, None
         return self.serving.policy_version
 
+    def take_back(self) -> None:
+        """Undo the last commit: what served before it serves again (nothing, before the second). No transaction may be open since."""
+        self.serving, self._spare = self._spare, self.serving
+
     def rollback(self) -> None:
         """Forget the transaction, if there is one."""
         if self._receiving is not None:

@@ -16,6 +16,8 @@ import xxhash
 from tandem.engine.architecture import Architecture
 from tandem.engine.types import TensorMeta
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of weights and activations; logits and log-probs are float32
+
 
 @dataclass(kw_only=True, slots=True)
 class LayerWeights:

@@ -1,0 +1,109 @@
+"""HTTP to one SGLang server, in a thread of its own, so that the server never waits while its client grades.
+
+`call` is for commands; `stream` yields what a generation sends, as it sends it.
+"""
+
+import asyncio
+import concurrent.futures
+import json
+import os
+import threading
+import weakref
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import httpx
+
+T = TypeVar("T")
+_CLOSE_TIMEOUT_S = 5.0
+_ERROR_CHARS = 2000
+
+
+class ServerGoneError(Exception):
+    """The connection is closed or was never there: the server has died, or is about to."""
+
+
+class SGLangClient:
+    """Commands may come from any thread but the client's own."""
+
+    def __init__(self, url: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="sglang-client")
+        self._thread.start()
+        # Deadlines are the callers': a response may take hours to begin.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self._http = httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False)
+        self._finalizer = weakref.finalize(self, _close, self._loop, self._thread, self._http, os.getpid())
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Run in the client's thread."""
+        if not self._finalizer.alive:
+            work.close()
+            raise RuntimeError("the SGLang client is closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def call(self, path: str, **fields: Any) -> Any:
+        """POST, and the answer's JSON. Raises: ServerGoneError; RuntimeError with the server's message for another status than 200."""
+        return await self._request("POST", path, fields)
+
+    async def get(self, path: str) -> Any:
+        """GET; as `call`."""
+        return await self._request("GET", path, None)
+
+    async def _request(self, method: str, path: str, fields: Mapping[str, Any] | None) -> Any:
+        try:
+            answer = await self._http.request(method, path, json=fields)
+        except httpx.TransportError as error:
+            raise ServerGoneError(f"{path}: {error!r}") from error
+        if answer.status_code != 200:
+            raise RuntimeError(f"SGLang answered {path} with {answer.status_code}: {answer.text[:_ERROR_CHARS]}")
+        with suppress(ValueError):
+            return answer.json()
+        return answer.text
+
+    async def stream(self, **fields: Any) -> AsyncIterator[dict[str, Any]]:
+        """POST /generate, and each of its server-sent events. Raises: as `call`."""
+        try:
+            async with self._http.stream("POST", "/generate", json=fields | {"stream": True}) as answer:
+                if answer.status_code != 200:
+                    text = (await answer.aread()).decode(errors="replace")
+                    raise RuntimeError(f"SGLang answered /generate with {answer.status_code}: {text[:_ERROR_CHARS]}")
+                left = b""
+                async for part in answer.aiter_bytes():
+                    *events, left = (left + part).split(b"\n\n")
+                    for event in events:
+                        data = event.removeprefix(b"data: ")
+                        if data != b"[DONE]":
+                            yield _checked(json.loads(data))
+        except httpx.TransportError as error:
+            raise ServerGoneError(f"/generate: {error!r}") from error
+
+    def close(self) -> None:
+        """End what runs. May be called twice."""
+        self._finalizer()
+
+
+def _checked(event: dict[str, Any]) -> dict[str, Any]:
+    if "error" in event:
+        raise RuntimeError(f"SGLang refused a request: {str(event['error'])[:_ERROR_CHARS]}")
+    return event
+
+
+def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, http: httpx.AsyncClient, owner_pid: int) -> None:
+    if os.getpid() != owner_pid:
+        return
+
+    async def end() -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await http.aclose()
+
+    with suppress(concurrent.futures.TimeoutError):
+        asyncio.run_coroutine_threadsafe(end(), loop).result(_CLOSE_TIMEOUT_S)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(_CLOSE_TIMEOUT_S)
+    if not thread.is_alive():
+        loop.close()

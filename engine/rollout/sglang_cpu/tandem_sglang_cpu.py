@@ -1,0 +1,26 @@
+"""SGLang loads this through its entry point `sglang.srt.plugins` in every process of a server on a CPU: no calls to CUDA remain."""
+
+from typing import Any
+
+import torch
+
+
+def load() -> None:
+    """Replace what a CPU does not have, and allow seeded sampling with the only attention backend that runs on any CPU."""
+    import sglang.srt.arg_groups.choices as choices  # pyright: ignore[reportMissingImports]
+    import sglang.srt.mem_cache.pool_host.common as pinned_memory  # pyright: ignore[reportMissingImports]
+    import sglang.srt.state_capturer.base as capturer  # pyright: ignore[reportMissingImports]
+    from sglang.srt.model_executor.model_runner import ModelRunner  # pyright: ignore[reportMissingImports]
+
+    # Host buffers, of routed experts for one, are pinned for copies from a GPU.
+    pinned_memory._cuda_host_register = nothing
+    pinned_memory._cuda_host_unregister = nothing
+    capturer._cuda_host_unregister = nothing
+    torch.cuda.synchronize = nothing
+    # --enable-deterministic-inference is what makes SGLang heed a request's seed; the rest of it is about Triton kernels.
+    choices.add_deterministic_attention_backend_choices(["torch_native"])
+    ModelRunner.maybe_enable_batch_invariant_mode = nothing
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """Instead of a call to CUDA."""

@@ -1,0 +1,98 @@
+"""Between a leader rank and its SGLang server: `python -m tandem.engine.rollout.sglang_guard LEADER_PID FOLDER COMMAND…`.
+
+SGLang is several processes, and killing them leaves files behind. This process starts them as one session of their own and outlives them:
+when the server ends, when the leader ends (however: `kill -9` too), or on SIGTERM, it kills what is left of the session and removes the
+server's files. It imports the standard library only. Should it be killed itself, the server's processes die with it.
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_SCAN_S = 1.0  # between two looks at which files in shared memory the server has
+_KILL_S = 10.0  # for processes to go after SIGKILL
+SHARED_MEMORY = "/dev/shm/sglang_loads_"  # SGLang maps one such file per server and leaves it
+
+
+def main() -> None:
+    leader_pid, folder, command = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # processes of the server that lose their parent become this one's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the leader, which then stops this process
+    stopped, stopping = os.pipe()
+    signal.signal(signal.SIGTERM, lambda *_: os.write(stopping, b"x"))
+    server, files = None, set[str]()
+    try:
+        leader = os.pidfd_open(leader_pid)
+        if os.getppid() == leader_pid:
+            server = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            )
+            files = _wait([leader, os.pidfd_open(server.pid), stopped], server.pid)
+    finally:
+        status = _kill(server) if server is not None else 1
+        for file in files:
+            Path(file).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(status)
+
+
+def _wait(ends: list[int], session: int) -> set[str]:
+    """Until one of the descriptors is readable. Returns the files in shared memory that the session's processes have mapped."""
+    poll = select.poll()
+    for end in ends:
+        poll.register(end, select.POLLIN)
+    files = set[str]()
+    while not poll.poll(_SCAN_S * 1000):
+        if not files:
+            files = _mapped(session)
+    return files | _mapped(session)
+
+
+def _mapped(session: int) -> set[str]:
+    files = set[str]()
+    for pid in _processes(session):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                if SHARED_MEMORY in line:
+                    files.add(line[line.index(SHARED_MEMORY) :].removesuffix(" (deleted)"))
+    return files
+
+
+def _processes(session: int) -> list[int]:
+    """Of a session, without zombies."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, _, _, of = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(of) == session and state != "Z":
+                    found.append(int(entry.name))
+    return found
+
+
+def _kill(server: subprocess.Popen[bytes]) -> int:
+    """Kill the session. Returns the server's exit status as a shell tells it: 128 more than the signal."""
+    deadline = time.monotonic() + _KILL_S
+    while (left := _processes(server.pid)) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    status = server.wait()
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            continue
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The client's side of a swap into an SGLang server: commands to the receivers that run in its processes (sglang_receiver.py).
+
+A command lies in anonymous memory that both sides open, and so does its answer; HTTP only says where. The serialised tensor that SGLang's
+API asks for is an empty one, so nothing of it is ever shared through files.
+"""
+
+import base64
+import mmap
+import os
+import pickle
+from collections.abc import Sequence
+from multiprocessing.reduction import ForkingPickler  # torch registers how its tensors are sent
+from typing import Any
+
+import torch
+
+from tandem.engine.architecture import Architecture
+from tandem.engine.rollout.sglang_client import ServerGoneError, SGLangClient
+from tandem.engine.rollout.sglang_receiver import LENGTH
+from tandem.engine.rollout.sglang_server import RECEIVER
+from tandem.engine.rollout.sglang_versions import SGLangVersion
+from tandem.engine.types import WeightTransferError
+
+_LEAST_BYTES = 1 << 20  # room for an answer, which is an error's text at most
+
+
+class UnknownWeightsError(RuntimeError):
+    """Nobody knows which weights the server has: it must not serve."""
+
+
+class WeightCommands:
+    """Speaks to the receivers of one server's tensor-parallel processes, all at once."""
+
+    def __init__(self, client: SGLangClient, version: SGLangVersion, tp: int, architecture: Architecture, dtype: torch.dtype) -> None:
+        self._client, self._version, self._tp = client, version, tp
+        self._setup = architecture, dtype
+        self._is_set_up = self._session_is_open = False
+        self._num_commits = 0  # the receivers of a commit that failed may have got its number or not
+
+    async def run(self, command: str, *arguments: Any) -> Any:
+        """What the first process answers. Raises: what a receiver raised; RuntimeError if SGLang refused; ServerGoneError."""
+        if not self._session_is_open and self._version.has_update_sessions:
+            await self._client.call("/begin_weight_update")
+            self._session_is_open = True
+        if not self._is_set_up:
+            await self._send("setup", self._setup)
+            self._is_set_up = True
+        return await self._send(command, arguments)
+
+    async def commit(self, policy_version: int, previous: int) -> None:
+        """Flip every process to the prepared version, or none.
+
+        Raises: as `run`, and every process has the version `previous` again; UnknownWeightsError if that failed too.
+        """
+        self._num_commits += 1
+        try:
+            await self.run("commit", self._num_commits)
+            await self._end(flush_cache=True)
+            await self._label(policy_version)
+        except ServerGoneError:
+            raise
+        except Exception as error:
+            try:
+                await self.run("revert", self._num_commits)
+                await self._end(flush_cache=True)
+                await self._label(previous)
+            except ServerGoneError:
+                raise
+            except Exception as second:
+                raise UnknownWeightsError(f"{error}; going back to version {previous} failed too: {second}") from error
+            raise
+
+    async def rollback(self) -> None:
+        """Forget the transaction. What was computed with the serving weights stays."""
+        await self.run("rollback")
+        await self._end(flush_cache=False)
+
+    async def pause(self) -> None:
+        """Close SGLang's session, so that it generates; the transaction stays open, and the next command opens another session."""
+        await self._end(flush_cache=False)
+
+    async def _end(self, *, flush_cache: bool) -> None:
+        if self._session_is_open:
+            await self._client.call("/end_weight_update")
+            self._session_is_open = False
+        if flush_cache:
+            await self._client.call("/flush_cache")
+
+    async def _label(self, policy_version: int) -> None:
+        """What SGLang stamps on its responses."""
+        await self._client.call("/update_weight_version", new_version=str(policy_version), abort_all_requests=False)
+
+    async def _send(self, command: str, arguments: Sequence[Any]) -> Any:
+        message = pickle.dumps((command, arguments))
+        size = LENGTH.size + max(len(message), _LEAST_BYTES)
+        memories = [os.memfd_create("tandem-sglang", os.MFD_CLOEXEC) for _ in range(self._tp)]
+        try:
+            for memory in memories:
+                os.ftruncate(memory, size)
+                os.pwrite(memory, LENGTH.pack(len(message)) + message, 0)
+            paths = [f"/proc/{os.getpid()}/fd/{memory}" for memory in memories]
+            fields = {"load_format": RECEIVER, "flush_cache": False, "serialized_named_tensors": [_serialised(path) for path in paths]}
+            await self._client.call("/update_weights_from_tensor", **fields)
+            answers = [_answer(memory, size) for memory in memories]
+        finally:
+            for memory in memories:
+                os.close(memory)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers[0]
+
+
+def _serialised(path: str) -> str:
+    """A list of one tensor without elements, whose name is the path, as SGLang's own serialiser writes it."""
+    return base64.b64encode(bytes(ForkingPickler.dumps([(path, torch.empty(0))]))).decode()
+
+
+def _answer(memory: int, size: int) -> Any:
+    with mmap.mmap(memory, size) as shared:
+        (length,) = LENGTH.unpack_from(shared)
+        answer = pickle.loads(shared[LENGTH.size : LENGTH.size + length])
+    if isinstance(answer, tuple):  # the command still lies there
+        raise WeightTransferError("SGLang accepted a command and did not carry it out; is another weight loader of the same name in use?")
+    return answer
