@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tandem.engine.architecture import Architecture
+from tandem.engine.architecture import Architecture
 from tandem.engine.checkpoint.disk import load_latest
 from tandem.engine.checkpoint.hf_folder import load_hf_weights, read_stop_token_ids
 from tandem.engine.checkpoint.save import CheckpointSaver
@@ -24,6 +25,7 @@ from tandem.engine.errors import Stopped
 from tandem.engine.feasibility import check_run
 from tandem.engine.generation import Generation
 from tandem.engine.hf_config import hf_config_of
+from tandem.engine.mesh_rules import kv_heads_in_attention, splits_heads
 from tandem.engine.mesh_rules import kv_heads_in_attention, splits_heads
 from tandem.engine.reward.judge import DOMAINS, Judge
 from tandem.engine.rollout.embedded import EmbeddedEngine
@@ -139,6 +141,12 @@ class Parts:
                 say(f"model.context_length is {needed}: the longest of your prompts ({longest} tokens) and a response.")
         if model.path is None and data.prompts is not None and run.config.sft and data.sft is None:
             say("The warm start is on the recipe's own task: data.sft names no examples.")
+        if config.mesh.cp > 1 and config.trainer.cp_attention == "auto":
+            architecture = Architecture.from_hf(hf_config_of(run.config.model, self.tokenizer))
+            attention = "ulysses" if splits_heads("auto", config.mesh, architecture) else "all_gather"
+            run.resolve(trainer=dataclasses.replace(config.trainer, cp_attention=attention))
+            num_heads, num_ranks = kv_heads_in_attention(architecture), config.mesh.tp * config.mesh.cp
+            say(f"trainer.cp_attention is {attention}: {num_heads} key/value heads on tp * cp = {num_ranks} ranks.")
         if config.mesh.cp > 1 and config.trainer.cp_attention == "auto":
             architecture = Architecture.from_hf(hf_config_of(run.config.model, self.tokenizer))
             attention = "ulysses" if splits_heads("auto", config.mesh, architecture) else "all_gather"

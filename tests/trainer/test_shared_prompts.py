@@ -78,8 +78,6 @@ CASES: dict[str, tuple[str, int, MeshConfig, TrainerConfig, str]] = {
     "qwen3, CP2 by Ulysses": ("qwen3", 2, MeshConfig(cp=2), dataclasses.replace(PLAIN, cp_attention="ulysses"), "token level"),
     "deepseek_v3, EP2 CP2, balanced": ("deepseek_v3", 2, MeshConfig(ep=2, cp=2), BALANCED, CROSS_ENTROPY),
     "qwen3_moe, TP2 EP2, SP, balanced": ("qwen3_moe", 2, MeshConfig(ep=2, **SP), BALANCED, CROSS_ENTROPY),
-}
-MORE_CASES: dict[str, tuple[str, int, MeshConfig, TrainerConfig, str]] = {
     "qwen3, PP2 VPP2 CP2": ("qwen3", 4, MeshConfig(pp=2, vpp=2, cp=2), PLAIN, "gspo"),
     "qwen3, DP2, full recomputation": ("qwen3", 2, MeshConfig(), TrainerConfig(recompute="full"), "ppo_clip"),
     "moonlight, CP4, selective recomputation": (
@@ -112,13 +110,6 @@ def check(family: str, num_ranks: int, mesh: MeshConfig, config: TrainerConfig, 
 @pytest.mark.parametrize("name", CASES)
 def test_shared_prompts_train_like_hugging_face(name: str) -> None:
     check(*CASES[name])
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize("name", MORE_CASES)
-def test_shared_prompts_train_like_hugging_face_on_more_layouts(name: str) -> None:
-    check(*MORE_CASES[name])
 
 
 def gradients_of(trainer: MegatronTrainer, microbatches: Sequence[Microbatch]) -> list[torch.Tensor]:
