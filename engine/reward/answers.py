@@ -23,9 +23,11 @@ _UNION = re.compile(r"\\cup(?![a-z])|(?<=[)\]])\s*U\s*(?=[(\[])")
 _MATRIX = re.compile(r"[\[(]?\s*\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[clr| ]*\})?(.*)\\end\{\1\}\s*[\])]?", re.DOTALL)
 # What may stand left of "=" and only names the answer: x, f(x), x_1, |AB|, \angle ABC, (x, y), Total cost
 _NAME = re.compile(
-    r"\|?(?:\\[A-Za-z]+|[A-Za-z])(?:\s*(?:\\[A-Za-z]+|[A-Za-z']))*(?:_\{?\w+\}?)?'?(?:\([A-Za-z](?:\s*,\s*[A-Za-z])*\))?\|?"
+    r"\|?(?:\\[A-Za-z]+(?:\{[A-Za-z]+\})?|[A-Za-z])(?:\s*(?:\\[A-Za-z]+|[A-Za-z']))*(?:_\{?\w+\}?)?'?(?:\([A-Za-z](?:\s*,\s*[A-Za-z])*\))?\|?"
     r"|\(\s*[A-Za-z](?:_\{?\w+\}?)?(?:\s*,\s*[A-Za-z](?:_\{?\w+\}?)?)*\s*\)|[^\W\d_]+|"
 )
+_CASES = re.compile(r"\\?\{?\s*\\begin\{cases\}(.*)\\end\{cases\}", re.DOTALL)
+_CONDITION = re.compile(r"[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid(?![a-z])|\||:)(.*)", re.DOTALL)
 _MEMBER = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?)\s*\\in(?![a-z])\s*")
 _WORDS = re.compile(r"[A-Za-z][a-z]{3,}(?:[ '-][A-Za-z]+)*|yes|no|odd|even", re.IGNORECASE)
 _FUNCTIONS = re.compile(
@@ -120,6 +122,9 @@ def _read(text: str) -> Shape:
     if matrix and text.count(r"\begin") == 1:
         rows = [row for row in re.split(r"\\\\|\\cr(?![a-z])", matrix.group(2)) if row.strip() and row.strip() != r"\hline"]
         return Matrix(tuple(tuple(_read(cell) for cell in row.split("&")) for row in rows))
+    cases = _CASES.fullmatch(text)
+    if cases and "&" not in text:
+        return Several("list", tuple(_read(row) for row in cases.group(1).split(r"\\") if row.strip()))
     if read_quantity(text) is not None:  # thousands, and units with "and" in their names, have commas and spaces of their own
         return Value(text)
     parts = _split(text, _SEPARATOR)
@@ -153,7 +158,10 @@ def _read_equation(text: str, sides: list[str]) -> Shape:
 def _read_brackets(text: str, opening: str, content: str, closing: str) -> Shape:
     is_set = opening == r"\{"
     if is_set and re.search(r"\\mid|\||:", content):
-        return Value(text)  # a set by its condition
+        # A set by its condition: where that is an interval, the interval.
+        condition = _CONDITION.fullmatch(content.strip())
+        interval = _read(condition.group(1)) if condition else None
+        return interval if isinstance(interval, Several) and interval.kind == "tuple" else Value(text)
     # Within brackets a comma parts: (1,234) is a pair.
     items = tuple(_read(part) for part in _split(content, _SEPARATOR) if part.strip())
     if len(items) == 1 and not is_set:
@@ -247,7 +255,7 @@ def _compare_values(found: Value, expected: Value, compare: CompareValues) -> bo
 def _compare_several(found: Several, expected: Several, compare: CompareValues) -> bool | None:
     kinds = {found.kind, expected.kind}
     if "union" in kinds:
-        same = _compare_unordered(found.items, expected.items, compare) if kinds == {"union"} else False
+        same = _compare_unordered(found.items, expected.items, compare) if kinds <= {"union", "list"} else False  # x < 1 or x > 2
         return same or None  # [0, 1] and [1, 2] make [0, 2]: algebra of sets
     if kinds == {"set", "tuple"} or len(found.items) != len(expected.items):
         return False

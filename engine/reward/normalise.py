@@ -63,9 +63,15 @@ _REPLACEMENTS = tuple(
         (r"(?<=[\w)}])\s*\*\s*(?=[\w({\\])", r" \\cdot "),
         (r"\^\s*\(\s*([-+]?\d+)\s*\)", r"^{\1}"),
         (r"\^\s*([-+]\d+|\d{2,})", r"^{\1}"),  # TeX would raise the first digit only; nobody means that
+        (r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}", r"\\binom{\1}{\2}"),
         (r"\s+", " "),
+        (r"(?i)^\s*(?:the\s+)?(?:final\s+)?answers?\s*(?:is|are|:)\s*:?\s*(?=\S)", ""),
+        (r"^\s*(?:\\approx|≈|approximately|about)(?![a-z])\s*", ""),
+        # For any integer k
+        (r"(?<=\S)\s*[,;(]\s*(?:where |for (?:any |all )?)?[a-z]\s*\\in\s*\\mathbb\s*\{?\s*[ZN]\s*\}?[^,;()]*\)?$", ""),
     )
 )
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?(?!\d)")
 _FONTS = "text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf)|bm|boldsymbol|[mh]box|f?box(?:ed)?"
 _WRAPPED = re.compile(rf"\\(?:{_FONTS})\s*\{{([^{{}}]*)\}}")
 _MATH_DELIMITERS = re.compile(r"(?<!\\)\\[\[\]()]")
@@ -95,9 +101,18 @@ def normalise(answer: str) -> str:
         answer = unwrapped
     for pattern, replacement in _REPLACEMENTS:
         answer = pattern.sub(replacement, answer)
+    answer = _REPEATING.sub(_as_fraction, answer)
     for _ in range(_MAX_TOWER):
         answer, num_folded = _TOWER.subn(r"^{\1^\2}", answer)
         if not num_folded:
             break
     answer = _CHOICE.sub("", answer.strip(" \t*_`"))
     return answer.strip().rstrip(".,;").strip()
+
+
+def _as_fraction(decimal: re.Match[str]) -> str:
+    """0.1\\overline{6} is 15/90."""
+    whole, start, period = decimal.groups()
+    shift = 10 ** len(start)
+    top = int(whole + start + period) - int((whole + start) or "0")
+    return rf"\frac{{{top}}}{{{shift * (10 ** len(period) - 1)}}}"

@@ -70,6 +70,10 @@ _POWER = re.compile(r"\s*\^?\s*\{?\s*([23])\s*\}?")
 _UNIT_TEXT = re.compile(r"(?!(?:and|or)\b|和|或|또는|그리고|및)(?:[^\W\d_]+(?:\^?\{?[23]\}?)?[\s./-]*)+")
 
 
+# 3 hours and 20 minutes
+_IN_PARTS = re.compile(rf"({_DECIMAL})\s*([^\W\d_]+)\s*,?\s*(?:and\s+)?({_DECIMAL})\s*([^\W\d_]+)")
+
+
 @dataclass(frozen=True, slots=True)
 class Quantity:
     """`unit` is None for a bare number and for things that are merely counted."""
@@ -85,6 +89,8 @@ def read_quantity(text: str) -> Quantity | None:
 
     Powers of ten have at most three digits, so that no value is large.
     """
+    if in_parts := _IN_PARTS.fullmatch(text.strip()):
+        return _sum_of(*in_parts.groups())
     match = _QUANTITY.fullmatch(text.strip())
     if match is None or (match["sign"] and match["inner_sign"]):
         return None
@@ -143,6 +149,14 @@ def read_unit(text: str) -> tuple[str, Fraction] | None:
         return None
     second = _simple_unit(bottom[0]) if bottom else None
     return first if second is None else (f"{first[0]}/{second[0]}", first[1] / second[1])
+
+
+def _sum_of(large: str, large_unit: str, small: str, small_unit: str) -> Quantity | None:
+    first, second = read_unit(large_unit), read_unit(small_unit)
+    if first is None or second is None or first[0] != second[0] or first[1] <= second[1]:
+        return None
+    value = Fraction(large.replace(",", "")) + Fraction(small.replace(",", "")) * second[1] / first[1]
+    return Quantity(value, None, False, first)
 
 
 def _simple_unit(text: str) -> tuple[str, Fraction] | None:

@@ -92,7 +92,7 @@ def _parse(text: str) -> Any:
     Raises: TooCostlyError before anything large is evaluated.
     """
     from math_verify import LatexExtractionConfig, parse
-    from sympy import Basic, Float, MatrixBase, Rational
+    from sympy import Basic, Float, I, MatrixBase, Rational
 
     # No fallback to whatever number stands somewhere in the text.
     parsed = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
@@ -100,8 +100,9 @@ def _parse(text: str) -> Any:
     if expression is None:
         return None
     _check_size(expression)
-    # A decimal is meant exactly, and not as the binary number next to it.
-    return expression.xreplace({decimal: Rational(str(decimal)) for decimal in expression.atoms(Float)})
+    # A decimal is meant exactly, and not as the binary number next to it; math-verify takes the i of 3 + 4i for a variable.
+    exact = {decimal: Rational(str(decimal)) for decimal in expression.atoms(Float)}
+    return expression.xreplace(exact | {symbol: I for symbol in expression.free_symbols if str(symbol) == "i"})
 
 
 def _value_of(expression: Any) -> Any:
@@ -140,9 +141,9 @@ def _digits(expression: Any) -> float:
 
 def _same_equation(a: Any, b: Any) -> bool | None:
     """Equations are the same when their sides differ by a constant factor only: y = 2x + 1 and 4x - 2y + 2 = 0."""
-    from sympy import Add, Eq, Mul
+    from sympy import Add, Mul
 
-    if not (isinstance(a, Eq) and isinstance(b, Eq)):
+    if not (a.is_Equality and b.is_Equality):
         return None
     sides: list[Any] = [Add(equation.lhs, Mul(-1, equation.rhs)) for equation in (a, b)]
     ratios = []
