@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tandem.engine.architecture import Architecture
-from tandem.engine.architecture import Architecture
 from tandem.engine.checkpoint.disk import load_latest
 from tandem.engine.checkpoint.hf_folder import load_hf_weights, read_stop_token_ids
 from tandem.engine.checkpoint.save import CheckpointSaver
@@ -25,7 +24,6 @@ from tandem.engine.errors import Stopped
 from tandem.engine.feasibility import check_run
 from tandem.engine.generation import Generation
 from tandem.engine.hf_config import hf_config_of
-from tandem.engine.mesh_rules import kv_heads_in_attention, splits_heads
 from tandem.engine.mesh_rules import kv_heads_in_attention, splits_heads
 from tandem.engine.reward.judge import DOMAINS, Judge
 from tandem.engine.rollout.embedded import EmbeddedEngine
@@ -147,13 +145,6 @@ class Parts:
             run.resolve(trainer=dataclasses.replace(config.trainer, cp_attention=attention))
             num_heads, num_ranks = kv_heads_in_attention(architecture), config.mesh.tp * config.mesh.cp
             say(f"trainer.cp_attention is {attention}: {num_heads} key/value heads on tp * cp = {num_ranks} ranks.")
-        if config.mesh.cp > 1 and config.trainer.cp_attention == "auto":
-            architecture = Architecture.from_hf(hf_config_of(run.config.model, self.tokenizer))
-            attention = "ulysses" if splits_heads("auto", config.mesh, architecture) else "all_gather"
-            run.resolve(trainer=dataclasses.replace(config.trainer, cp_attention=attention))
-            say(
-                f"trainer.cp_attention is {attention}: {kv_heads_in_attention(architecture)} key/value heads, {config.mesh.tp * config.mesh.cp} ranks."
-            )
 
     def _data_files(self) -> tuple[Path, Path | None, Path]:
         """Prompts, held-out prompts and supervised examples: the user's files, or those of the task, written into the run folder."""
