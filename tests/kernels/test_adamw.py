@@ -109,6 +109,42 @@ def test_the_same_bits_in_every_run_and_wherever_a_part_begins() -> None:
 
 
 @pytest.mark.parametrize("choice", BACKENDS)
+@pytest.mark.parametrize("size", [1, TILE - 3, TILE + 2])
+def test_nothing_beside_a_part_is_written(size: int, choice: Any) -> None:
+    buffers = [torch.full((size + 2 * TILE,), 7.0, dtype=dtype, device=DEVICE) for dtype in (FP32, FP32, FP32, FP32, BF16)]
+    with backend.chosen(choice):
+        FusedAdamW().step([Tensors(*(buffer[TILE : TILE + size] for buffer in buffers))], **SETTINGS, num_steps=1)
+    for buffer in buffers:
+        assert (buffer[:TILE] == 7).all()
+        assert (buffer[TILE + size :] == 7).all()
+    assert (buffers[0][TILE : TILE + size] != 7).all()
+
+
+@pytest.mark.parametrize("choice", BACKENDS)
+def test_without_a_running_mean_a_large_one_leaves_nothing_behind(choice: Any) -> None:
+    """β1 = 0: m + (g - m) would have lost the gradient to rounding."""
+    settings: dict[str, Any] = SETTINGS | {"betas": (0.0, 0.95)}
+    x = tensors_of(5)
+    x.exp_avg.fill_(1e6)
+    x.grad.fill_(1e-6)
+    with backend.chosen(choice):
+        FusedAdamW().step([x], **settings, num_steps=2)
+    assert torch.equal(x.exp_avg, x.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_a_step_waits_for_nothing() -> None:
+    tensors, kernel = [tensors_of(size) for size in (5, 3 * TILE)], FusedAdamW()
+    kernel.step(tensors, **SETTINGS, num_steps=1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernel.step(tensors, **SETTINGS, num_steps=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("choice", BACKENDS)
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # numpy's, of the interpreter
 def test_extreme_gradients_end_like_torchs(choice: Any) -> None:
     grads = torch.tensor([0.0, -0.0, 1e-30, -1e-20, 1e30, -1e30, 3e38, torch.inf, -torch.inf, torch.nan, 1.0], device=DEVICE)
