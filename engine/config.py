@@ -138,7 +138,7 @@ class DataConfig:
     """Where prompts come from."""
 
     prompts: str | None = None
-    """JSONL file to train on: fields question|problem|prompt and answer, optional id, domain, level. None: the prompts of `task`."""
+    """JSONL file to train on: fields question|problem|prompt, answer; optional id, domain, level, grading. None: prompts of `task`."""
     eval_prompts: str | None = None
     """JSONL file of held-out prompts for pass@1. None: the test set of `task`, or no evaluation when `prompts` is given."""
     sft: str | None = None
@@ -197,10 +197,40 @@ class RewardConfig:
 
     repetition_penalty: float = 0.0
     """Subtracted from the reward of a response that was stopped for repetition."""
+    over_budget_penalty: float = 0.0
+    """Subtracted from the reward of a response that was cut at its maximum length."""
+    over_budget_start: float = 1.0
+    """Fraction of rollout.max_response_tokens from which the over-budget penalty rises linearly; 1: only what was cut pays it."""
+    format_penalty: float = 0.0
+    """Subtracted from the reward of a response that lacks one of format_markers."""
+    format_markers: tuple[str, ...] = ()
+    """Texts that a response must hold, one after the other, special tokens left out: for example </think> and \\boxed{."""
     max_response_chars: int = 100_000
     """Graders read this many characters from the end of a response, where the answer stands."""
+    max_retries: int = 1
+    """How often a response that could not be graded is graded again."""
+    not_graded: Literal["complete", "drop"] = "complete"
+    """A group with a response that could not be graded, retries included: trained on the others, or dropped. Dropped anyway if none was."""
+    timeout_s: float = 600.0
+    """Once generation has ended and no verdict came for this long, what is still awaited counts as not graded; in seconds."""
+    sandbox_url: str | None = None
+    """Programs run on this `tandem sandbox-serve`, such as http://sandbox-1:8600. None: in a sandbox of each leader's own."""
+    alarm_jump: float = 0.3
+    """Change of a domain's rate of zero scores, from its running mean over iterations, that raises an alarm."""
+    alarm_not_graded: float = 0.05
+    """Rise of a domain's rate of responses that could not be graded, over its running mean, that raises an alarm."""
 
     def __post_init__(self) -> None:
+        for name in ("repetition_penalty", "over_budget_penalty", "format_penalty"):
+            check(getattr(self, name) >= 0, f"reward.{name}", getattr(self, name), "it is subtracted, so it must not be negative")
+        check(0 <= self.over_budget_start <= 1, "reward.over_budget_start", self.over_budget_start, "it must lie in [0, 1]")
+        rule = "reward.format_penalty needs at least one"
+        check(self.format_penalty == 0 or bool(self.format_markers), "reward.format_markers", self.format_markers, rule)
+        check("" not in self.format_markers, "reward.format_markers", self.format_markers, "none may be empty")
+        check(self.max_retries >= 0, "reward.max_retries", self.max_retries, "it must not be negative")
+        check(self.timeout_s > 0, "reward.timeout_s", self.timeout_s, "it must be positive")
+        for name in ("alarm_jump", "alarm_not_graded"):
+            check(0 < getattr(self, name) <= 1, f"reward.{name}", getattr(self, name), "it must lie in (0, 1]; 1 is never reached")
         check(self.max_response_chars >= 1, "reward.max_response_chars", self.max_response_chars, "it must be at least 1")
 
 

@@ -31,7 +31,13 @@ def deal_updates(run: Run, parts: Parts, groups: Sequence[Group], step: int) -> 
     that a batch of solved prompts takes smaller steps instead of amplifying the few that are left.
     """
     config, mesh = run.config, parts.mesh
-    scores = score_groups(groups, loss=config.loss, reward=config.reward, length_weight=config.length_penalty.weight_at(step))
+    scores = score_groups(
+        groups,
+        loss=config.loss,
+        reward=config.reward,
+        length_weight=config.length_penalty.weight_at(step),
+        max_response_tokens=config.rollout.max_response_tokens,
+    )
     regularised = config.loss.variant in ("mirror_descent", "token_level") and config.loss.tau > 0
     num_responses_R = run.gather(sum(len(group.responses) for group in groups))
     row_id = sum(num_responses_R[: run.rank])

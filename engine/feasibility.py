@@ -120,6 +120,21 @@ def _ignored(field: str, section: str, *, off: object, needs: str, met: Callable
     )
 
 
+def _ignored_by_rest(section: str, field: str) -> Rule[RunCase]:
+    """What changes rewards only is without effect where correct responses are fitted as they are."""
+    name = f"{section}.{field}"
+
+    def value(case: RunCase) -> float:
+        return getattr(getattr(case.config, section), field)
+
+    return Rule(
+        fields=(name, "loss.variant"),
+        holds=lambda case: case.config.loss.variant != "rest" or value(case) == 0,
+        problem=lambda case: f"{name} is {value(case)}; loss.variant=rest fits correct responses as they are and would ignore it",
+        fixes=lambda case: [{name: 0.0}, {"loss.variant": "mirror_descent"}],
+    )
+
+
 def _small_stages(case: RunCase) -> Iterator[int]:
     return (i for i, stage in enumerate(case.config.sft) if stage.batch_tokens < stage.max_tokens)
 
@@ -186,24 +201,10 @@ RUN_RULES: tuple[Rule[RunCase], ...] = (
             {f"sft[{i}].max_tokens": case.config.sft[i].batch_tokens for i in _small_stages(case)},
         ],
     ),
-    Rule(
-        fields=("length_penalty.weight", "loss.variant"),
-        holds=lambda case: case.config.loss.variant != "rest" or case.config.length_penalty.weight == 0,
-        problem=lambda case: (
-            f"length_penalty.weight is {case.config.length_penalty.weight}; loss.variant=rest fits correct responses as they are and would "
-            "ignore it"
-        ),
-        fixes=lambda case: [{"length_penalty.weight": 0.0}, {"loss.variant": "mirror_descent"}],
-    ),
-    Rule(
-        fields=("reward.repetition_penalty", "loss.variant"),
-        holds=lambda case: case.config.loss.variant != "rest" or case.config.reward.repetition_penalty == 0,
-        problem=lambda case: (
-            f"reward.repetition_penalty is {case.config.reward.repetition_penalty}; loss.variant=rest fits correct responses as they are "
-            "and would ignore it"
-        ),
-        fixes=lambda case: [{"reward.repetition_penalty": 0.0}, {"loss.variant": "mirror_descent"}],
-    ),
+    _ignored_by_rest("length_penalty", "weight"),
+    _ignored_by_rest("reward", "repetition_penalty"),
+    _ignored_by_rest("reward", "over_budget_penalty"),
+    _ignored_by_rest("reward", "format_penalty"),
     Rule(
         fields=("loss.stale_segments", "loss.reference"),
         holds=lambda case: not _pulled_to_old_policies(case),

@@ -6,6 +6,7 @@ tokenised again. Log-probs are natural logarithms (nats).
 
 import enum
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -38,6 +39,7 @@ class Prompt:
     answer: str
     domain: str = "math"
     level: int = 0  # curriculum level, 0 is the easiest
+    grading: str = ""  # JSON object for the domain's grader, as the file has it: hidden tests, the kind of answer; "" without one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +93,30 @@ class Verdict:
     answer: str | None = None  # what was extracted from the response
     reason: str = ""
     graded: bool = True
+    well_formed: bool = True  # False: the response lacks one of reward.format_markers
+
+
+class Grader(Protocol):
+    """Grades the responses of one domain."""
+
+    def check(self, prompt: Prompt) -> None:
+        """Before a run: refuse a prompt that can never be graded. Raises: ValueError that says what it lacks."""
+        ...
+
+    def grade(self, text: str, prompt: Prompt, *, is_complete: bool) -> "Verdict | Future[Verdict]":
+        """Grade the end of one response, at once or in the background.
+
+        Returns within milliseconds. Work that may take longer, hang or crash is a future's, which ends by a deadline of its own.
+        What cannot be told is `graded=False`; an exception, raised or a future's, means the same.
+
+        Args:
+            is_complete: False for a response that was cut.
+        """
+        ...
+
+    def close(self) -> None:
+        """End processes and connections; futures that are not done may then end in any way."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -193,6 +193,16 @@ FAILING: dict[str, tuple[RunCase, str, RunCase]] = {
         "reward.repetition_penalty is 0.25; loss.variant=rest fits correct responses as they are and would ignore it",
         case({"loss.variant": "grpo", "reward.repetition_penalty": 0.25}),
     ),
+    "over-budget penalty of rest": (
+        case({"loss.variant": "rest", "reward.over_budget_penalty": 0.5}),
+        "reward.over_budget_penalty is 0.5; loss.variant=rest fits correct responses as they are and would ignore it",
+        case({"loss.variant": "grpo", "reward.over_budget_penalty": 0.5}),
+    ),
+    "format penalty of rest": (
+        case({"loss.variant": "rest", "reward.format_markers": ("x",), "reward.format_penalty": 0.5}),
+        "reward.format_penalty is 0.5; loss.variant=rest fits correct responses as they are and would ignore it",
+        case({"loss.variant": "grpo", "reward.format_markers": ("x",), "reward.format_penalty": 0.5}),
+    ),
     "pulled back to old policies": (
         case({"loss.stale_segments": "train", "loss.reference": "rollout", "rollout.token_budget": 1000}),
         "loss.stale_segments='train' with loss.reference='rollout'",

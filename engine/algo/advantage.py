@@ -8,7 +8,7 @@ import torch
 
 from tandem.engine.algo.grouping import by_group
 from tandem.engine.config import LossConfig, RewardConfig
-from tandem.engine.types import Group, StopState
+from tandem.engine.types import Group, Response, StopState
 from tandem.kernels.policy_loss import Baseline, group_statistics
 
 
@@ -71,8 +71,10 @@ class Scores:
         return [part.tolist() for part in self.advantages_R.split(list(self.group_sizes))]
 
 
-def score_groups(groups: Sequence[Group], *, loss: LossConfig, reward: RewardConfig, length_weight: float) -> Scores:
-    """Reward = 1 or 0 + length_weight * length reward - repetition penalty; advantages as `loss` asks.
+def score_groups(
+    groups: Sequence[Group], *, loss: LossConfig, reward: RewardConfig, length_weight: float, max_response_tokens: int
+) -> Scores:
+    """Reward = 1 or 0 + length_weight * length reward - penalties (repetition, format, over budget); advantages as `loss` asks.
 
     mirror_descent and ppo_clip subtract the baseline; grpo and gspo also divide by the standard deviation; rest gives 1 to a
     correct response and 0 to all others. A response that nobody could grade is left out of the group's lengths and baseline, and
@@ -80,6 +82,7 @@ def score_groups(groups: Sequence[Group], *, loss: LossConfig, reward: RewardCon
 
     Args:
         length_weight: weight of the length reward in this iteration (`LengthPenaltyConfig.weight_at`).
+        max_response_tokens: of the rollout; the over-budget penalty counts from a fraction of it.
     Raises: ValueError for a group without responses or without one verdict per response.
     """
     for group in groups:
@@ -95,8 +98,12 @@ def score_groups(groups: Sequence[Group], *, loss: LossConfig, reward: RewardCon
     graded_R = torch.tensor([verdict.graded for verdict in verdicts], dtype=torch.bool)
     correct_R = torch.tensor([verdict.correct for verdict in verdicts], dtype=torch.bool) & graded_R
     repeated_R = torch.tensor([response.stop is StopState.REPETITION for response in responses], dtype=torch.bool)
+    malformed_R = torch.tensor([not verdict.well_formed for verdict in verdicts], dtype=torch.bool)
+    over_budget_R = torch.tensor([_over_budget(response, reward.over_budget_start, max_response_tokens) for response in responses])
+    penalties_R = reward.repetition_penalty * repeated_R.float() + reward.format_penalty * malformed_R.float()
+    penalties_R += reward.over_budget_penalty * over_budget_R
     length_rewards_R, rewards_R, advantages_R = group_statistics(
-        correct_R.float() - reward.repetition_penalty * repeated_R.float(),
+        correct_R.float() - penalties_R,
         torch.tensor([response.num_tokens for response in responses], dtype=torch.int32),
         correct_R,
         graded_R,
@@ -109,3 +116,12 @@ def score_groups(groups: Sequence[Group], *, loss: LossConfig, reward: RewardCon
     if loss.variant == "rest":
         advantages_R = correct_R.float()
     return Scores(rewards_R=rewards_R, length_rewards_R=length_rewards_R, advantages_R=advantages_R, graded_R=graded_R, group_sizes=sizes)
+
+
+def _over_budget(response: Response, start: float, max_response_tokens: int) -> float:
+    """Share of the over-budget penalty: 1 for a response that was cut, else rising linearly from `start` to the maximum length."""
+    if response.stop is StopState.LENGTH:
+        return 1.0
+    if start >= 1:
+        return 0.0
+    return min(1.0, max(0.0, (response.num_tokens / max_response_tokens - start) / (1 - start)))

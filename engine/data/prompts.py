@@ -1,6 +1,7 @@
 """Prompts of a JSONL file, checked and tokenised."""
 
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Collection
@@ -24,9 +25,10 @@ def load_prompts(
     default_domain: str = "math",
     domains: Collection[str] | None = None,
 ) -> list[Prompt]:
-    """Read prompts: a question (`question`, `problem` or `prompt`), its `answer`, optionally `id`, `domain` and `level`.
+    """Read prompts: a question (`question`, `problem` or `prompt`), its `answer`, optionally `id`, `domain`, `level` and `grading`.
 
-    An answer is text or a number; of GSM8K's worked solutions ("… #### 18") only what follows the last #### is kept. Without an
+    An answer is text or a number; of GSM8K's worked solutions ("… #### 18") only what follows the last #### is kept. `grading` is a
+    JSON object for the domain's grader, such as hidden tests; with it the answer may be left out, and is then empty. Without an
     id a prompt gets a hash of its text, so it is the same in every run and in every order of the file.
 
     Args:
@@ -50,6 +52,7 @@ def load_prompts(
             answer=_answer_of(record, where),
             domain=_domain_of(record, default_domain, domains, where),
             level=_level_of(record, where),
+            grading=_grading_of(record, where),
         )
         if prompt.id in line_of_id:
             raise ValueError(f"{where}: id {prompt.id!r} is already used in line {line_of_id[prompt.id]}; ids (or texts) must differ")
@@ -104,7 +107,18 @@ def _id_of(record: dict[str, Any], text: str, where: str) -> str:
     return str(value)
 
 
+def _grading_of(record: dict[str, Any], where: str) -> str:
+    if "grading" not in record:
+        return ""
+    value = record["grading"]
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: field 'grading' is {value!r:.80}; it must be a JSON object for the domain's grader")
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _answer_of(record: dict[str, Any], where: str) -> str:
+    if "answer" not in record and "grading" in record:
+        return ""
     value = record.get("answer")
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):

@@ -1,5 +1,7 @@
 """Baselines, advantages and the reward of a response, on values worked out by hand."""
 
+import dataclasses
+import functools
 import math
 
 import pytest
@@ -10,6 +12,7 @@ from tandem.engine.config import LossConfig, RewardConfig
 from tandem.engine.types import Group, Prompt, Response, Segment, StopState, Verdict
 
 NO_PENALTY = RewardConfig()
+scores_of = functools.partial(score_groups, max_response_tokens=100)
 
 
 def advantages(rewards: list[float], group: list[int] | None = None, **options: object) -> list[float]:
@@ -73,7 +76,7 @@ def test_bad_input_is_named() -> None:
 
 
 def test_a_reward_is_correctness_plus_weighted_length_reward() -> None:
-    scores = score_groups([graded(True, False, lengths=[10, 30])], loss=LossConfig(), reward=NO_PENALTY, length_weight=0.5)
+    scores = scores_of([graded(True, False, lengths=[10, 30])], loss=LossConfig(), reward=NO_PENALTY, length_weight=0.5)
     assert scores.length_rewards_R.tolist() == [0.5, -0.5]
     assert scores.rewards_R.tolist() == [1.25, -0.25]
     assert scores.advantages_R.tolist() == [0.75, -0.75]
@@ -81,13 +84,32 @@ def test_a_reward_is_correctness_plus_weighted_length_reward() -> None:
 
 def test_a_response_stopped_for_repetition_pays_the_penalty() -> None:
     group = graded(False, False, stop=StopState.REPETITION)
-    scores = score_groups([group], loss=LossConfig(), reward=RewardConfig(repetition_penalty=0.25), length_weight=0.0)
+    scores = scores_of([group], loss=LossConfig(), reward=RewardConfig(repetition_penalty=0.25), length_weight=0.0)
     assert scores.rewards_R.tolist() == [-0.25, -0.25]
+
+
+def test_a_cut_response_pays_the_over_budget_penalty_and_a_long_one_part_of_it() -> None:
+    reward = RewardConfig(over_budget_penalty=0.5, over_budget_start=0.8)
+    whole = graded(True, True, True, True, lengths=[79, 80, 90, 100])
+    scores = scores_of([whole, graded(False, stop=StopState.LENGTH)], loss=LossConfig(), reward=reward, length_weight=0.0)
+    assert scores.rewards_R.tolist() == pytest.approx([1, 1, 0.75, 0.5, -0.5])
+    only_cut = RewardConfig(over_budget_penalty=0.5)
+    scores = scores_of([whole, graded(False, stop=StopState.LENGTH)], loss=LossConfig(), reward=only_cut, length_weight=0.0)
+    assert scores.rewards_R.tolist() == [1, 1, 1, 1, -0.5]
+
+
+def test_a_response_without_its_markers_pays_the_format_penalty_unless_nobody_could_grade_it() -> None:
+    group = graded(True, True, None)
+    malformed = tuple(dataclasses.replace(verdict, well_formed=i == 0) for i, verdict in enumerate(group.verdicts))
+    reward = RewardConfig(format_penalty=0.25, format_markers=("</think>",))
+    scores = scores_of([dataclasses.replace(group, verdicts=malformed)], loss=LossConfig(), reward=reward, length_weight=0.0)
+    assert scores.rewards_R.tolist() == [1.0, 0.75, 0.0]
+    assert scores.advantages_R.tolist() == [0.125, -0.125, 0.0]
 
 
 def test_what_nobody_could_grade_stays_out_of_lengths_baseline_and_loss() -> None:
     groups = [graded(True, None, False, lengths=[10, 1000, 20]), graded(None, None)]
-    scores = score_groups(groups, loss=LossConfig(), reward=NO_PENALTY, length_weight=1.0)
+    scores = scores_of(groups, loss=LossConfig(), reward=NO_PENALTY, length_weight=1.0)
     assert scores.rewards_R.tolist() == [1.5, 0.0, -0.5, 0.0, 0.0]
     assert scores.advantages_of_groups() == [[1.0, 0.0, -1.0], [0.0, 0.0]]
     assert scores.graded_R.tolist() == [True, False, True, False, False]
@@ -95,16 +117,16 @@ def test_what_nobody_could_grade_stays_out_of_lengths_baseline_and_loss() -> Non
 
 def test_rest_fits_correct_responses_only_and_grpo_normalises() -> None:
     groups = [graded(True, False, True, None)]
-    assert score_groups(groups, loss=LossConfig(variant="rest"), reward=NO_PENALTY, length_weight=1.0).advantages_R.tolist() == [1, 0, 1, 0]
-    scores = score_groups([graded(True, False)], loss=LossConfig(variant="grpo"), reward=NO_PENALTY, length_weight=0.0)
+    assert scores_of(groups, loss=LossConfig(variant="rest"), reward=NO_PENALTY, length_weight=1.0).advantages_R.tolist() == [1, 0, 1, 0]
+    scores = scores_of([graded(True, False)], loss=LossConfig(variant="grpo"), reward=NO_PENALTY, length_weight=0.0)
     assert scores.advantages_R.tolist() == pytest.approx([1, -1], rel=1e-5)
 
 
 def test_no_groups_is_fine_but_an_empty_or_ungraded_group_is_an_error() -> None:
-    assert score_groups([], loss=LossConfig(), reward=NO_PENALTY, length_weight=0.0).advantages_of_groups() == []
+    assert scores_of([], loss=LossConfig(), reward=NO_PENALTY, length_weight=0.0).advantages_of_groups() == []
     with pytest.raises(ValueError, match="'p' has no responses"):
-        score_groups([graded()], loss=LossConfig(), reward=NO_PENALTY, length_weight=0.0)
+        scores_of([graded()], loss=LossConfig(), reward=NO_PENALTY, length_weight=0.0)
     whole = graded(True, False)
     ungraded = Group(prompt=whole.prompt, responses=whole.responses)
     with pytest.raises(ValueError, match="0 verdicts for 2 responses"):
-        score_groups([ungraded], loss=LossConfig(), reward=NO_PENALTY, length_weight=0.0)
+        scores_of([ungraded], loss=LossConfig(), reward=NO_PENALTY, length_weight=0.0)
