@@ -94,7 +94,8 @@ def plan_updates(
         crossover_tokens: length at which causal attention costs as much as the linear layers. For width h a token costs
             about 24h² FLOP per layer in the linear layers and 2h·len in attention, so it is 12h; the default is h = 1024.
         prompts: of the rows; needed unless share_prompts is "never".
-        share_prompts: "auto": prompts of at least MIN_SHARED_TOKENS tokens, if that takes more than MIN_SAVING off the busiest rank's work.
+        share_prompts: "auto": prompts of at least MIN_SHARED_TOKENS tokens, if that takes more than MIN_SAVING off the busiest rank's
+            work and leaves enough units for all updates.
     Raises: ValueError for a count below 1, a negative length or other counts of rows.
     """
     for name, value in (("num_updates", num_updates), ("dp_size", dp_size), ("microbatch_tokens", microbatch_tokens)):
@@ -119,7 +120,8 @@ def plan_updates(
         raise ValueError(f"{found} of prompts for {len(lengths)} rows; share_prompts={share_prompts!r} needs one for each")
     min_tokens = 1 if share_prompts == "always" else MIN_SHARED_TOKENS
     together = plan(_families(lengths, prompts, min_tokens, microbatch_tokens, crossover_tokens), shares_prompts=True)
-    return together if share_prompts == "always" or together.work < (1 - MIN_SAVING) * apart.work else apart
+    saves = together.work < (1 - MIN_SAVING) * apart.work and together.num_updates == apart.num_updates
+    return together if share_prompts == "always" or saves else apart
 
 
 def _rows_apart(lengths: NDArray[np.int64], crossover_tokens: int) -> _Units:

@@ -153,6 +153,13 @@ def test_auto_shares_prompts_where_that_saves_a_fifth_of_the_busiest_ranks_work(
         assert plan == plan_updates(lengths, **options)
 
 
+def test_auto_does_not_share_at_the_price_of_an_update() -> None:
+    lengths, prompts = prompts_of([(0, 512, 512)] * 8)
+    options: dict[str, Any] = {"dp_size": 1, "microbatch_tokens": 8192, "prompts": prompts, "share_prompts": "auto"}
+    plans = [plan_updates(lengths, num_updates=num_updates, **options) for num_updates in (1, 2)]
+    assert [(plan.shares_prompts, plan.num_updates) for plan in plans] == [(True, 1), (False, 2)]
+
+
 def test_sharing_needs_the_prompts() -> None:
     with pytest.raises(ValueError, match="none of prompts for 1 rows; share_prompts='auto' needs one for each"):
         plan_updates([3], num_updates=1, dp_size=1, microbatch_tokens=1, share_prompts="auto")
