@@ -34,6 +34,12 @@ def compiler_command(extension: Extension) -> list[str] | None:
 
 
 class BuildLibraries(build_ext):
+    def run(self) -> None:
+        self.problems: list[str] = []
+        super().run()
+        if self.problems:
+            print(f"warning: {'; '.join(self.problems)}; the kernels in plain torch serve instead", file=sys.stderr)
+
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
@@ -46,7 +52,7 @@ class BuildLibraries(build_ext):
             done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True, check=False)
             problem = f"{command[0]} failed:\n{done.stderr}" if done.returncode else ""
         if problem:
-            print(f"warning: {target.name} is not built ({problem}); the kernels in plain torch serve instead", file=sys.stderr)
+            self.problems.append(f"{target.name} is not built ({problem})")
 
     def copy_extensions_to_source(self) -> None:
         self.extensions = [ext for ext in self.extensions if Path(self.build_lib, self.get_ext_filename(ext.name)).exists()]

@@ -57,12 +57,31 @@ def test_the_wheel_holds_sources_and_libraries_under_tandem_and_nothing_else(whe
     assert "tandem/__init__.py" not in names
 
 
-def test_without_a_compiler_the_wheel_is_built_all_the_same(tmp_path: Path) -> None:
+@pytest.fixture
+def no_compiler(tmp_path: Path) -> dict[str, str]:
     """A path on which there is Python alone; nvcc, where it is found all the same, misses its host compiler."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").symlink_to(sys.executable)
-    bare = build_wheel(tmp_path, env=os.environ | {"PATH": str(tmp_path / "bin")})
+    return os.environ | {"PATH": str(tmp_path / "bin")}
+
+
+def test_without_a_compiler_the_wheel_is_built_all_the_same(no_compiler: dict[str, str], tmp_path: Path) -> None:
+    bare = build_wheel(tmp_path, env=no_compiler)
     assert not [name for name in zipfile.ZipFile(bare).namelist() if name.endswith(".so")]
+
+
+def test_without_a_compiler_the_build_says_so_once_and_succeeds(no_compiler: dict[str, str], tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for room in ("engine", "kernels", "csrc"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=no_compiler, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: ") == done.stderr.count("the kernels in plain torch serve instead") == 1
+    assert "_cpu.so is not built (there is no compiler for it)" in done.stderr
+    assert "_cuda.so is not built" in done.stderr
+    assert not list((tmp_path / "kernels").glob("*.so"))
 
 
 def test_the_wheel_brings_the_command_and_the_licence(wheel: Path) -> None:
