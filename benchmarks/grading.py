@@ -70,7 +70,7 @@ def math_verify_alone(responses: list[tuple[str, str]]) -> list[bool]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="responses graded per second")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each row, at least")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, len(os.sched_getaffinity(0))])
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of grading.jsonl")

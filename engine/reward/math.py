@@ -41,6 +41,7 @@ def submit_math(response_text: str, reference_answer: str, *, is_complete: bool 
         what is read shows no answer.
     """
     graded: Future[Verdict] = Future()
+    graded.set_running_or_notify_cancel()  # it cannot be cancelled, so the pool's thread can always settle it
     answer = extract_answer(response_text, is_complete=is_complete)
     outcome = _compare_here(answer, response_text, reference_answer)
     if isinstance(outcome, Verdict) or answer is None:
