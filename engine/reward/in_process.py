@@ -1,6 +1,7 @@
 """Running a Python program in an interpreter that is already there, as if it had been started for it. Standard library only."""
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ def run_python(path):
     sys.argv[:] = [path]
     sys.path.insert(0, os.path.dirname(path))
     code = 0
+    gc.enable()
     try:
         with open(path, "rb") as file:
             compiled = compile(file.read(), path, "exec", dont_inherit=True)

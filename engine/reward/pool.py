@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -134,6 +135,7 @@ class Worker:
                 self.cgroup.reset_peak()
                 before = self.cgroup.num_oom_kills()
             self._channel.socket.settimeout(wall_s + GRACE_S)
+            self._channel.socket.sendall(b"R")  # for the zygote, which leaves the rest to the supervisor that it forks
             self._channel.send(dict(request), dict(blobs))
             result = self._answer()
             if "ready" in result:
@@ -198,6 +200,8 @@ class Pool:
         """Start all workers. Raises: WorkerError, CgroupError, leaving none behind."""
         self._settings = settings
         self._num_workers = num_workers
+        self._lock = threading.Lock()
+        self.num_replaced = 0
         self._is_closed = False
         # The most recently used first: its pages are still in the caches. None: a place whose worker is to be started.
         self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
@@ -226,9 +230,13 @@ class Pool:
             if worker.num_runs < RUNS_PER_WORKER and worker.is_clean():
                 keep = worker
         finally:
-            if keep is None and worker is not None:
-                worker.close()
-            self._idle.put(keep)
+            try:
+                if keep is None and worker is not None:
+                    with self._lock:
+                        self.num_replaced += 1
+                    worker.close()
+            finally:
+                self._idle.put(keep)
 
     def close(self) -> None:
         """Wait for the runs in progress and end all workers."""

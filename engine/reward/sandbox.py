@@ -114,6 +114,11 @@ class Sandbox:
             return program
         return self._execute(program.recipe, {**files, **program.files}, stdin, limits)[0]
 
+    @property
+    def num_replaced(self) -> int:
+        """Workers that were given up so far: they failed, were not clean after a run, or had done their number of runs."""
+        return self._pool.num_replaced
+
     def close(self) -> None:
         """Wait for the runs in progress, then end all workers and remove their groups."""
         self._pool.close()

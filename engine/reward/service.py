@@ -59,11 +59,12 @@ class Metrics:
         for bound in BUCKETS_S:
             self.buckets[bound] += seconds <= bound
 
-    def text(self) -> str:
+    def text(self, num_replaced: int) -> str:
         total = self.num_ended.total()
         lines = ["# TYPE sandbox_runs_total counter"]
         lines += [f'sandbox_runs_total{{language="{lang}",status="{state}"}} {n}' for (lang, state), n in sorted(self.num_ended.items())]
         lines += ["# TYPE sandbox_refused_total counter", f"sandbox_refused_total {self.num_refused}"]
+        lines += ["# TYPE sandbox_workers_replaced_total counter", f"sandbox_workers_replaced_total {num_replaced}"]
         lines += ["# TYPE sandbox_waiting gauge", f"sandbox_waiting {self.num_waiting}"]
         lines += ["# TYPE sandbox_running gauge", f"sandbox_running {self.num_running}"]
         lines += ["# TYPE sandbox_run_seconds histogram"]
@@ -148,7 +149,7 @@ def create_app(sandbox: Sandbox, *, max_waiting: int) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics_text() -> Response:
-        return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(metrics.text(sandbox.num_replaced), media_type="text/plain; version=0.0.4")
 
     return app
 

@@ -16,6 +16,7 @@ import math
 import os
 import resource
 import signal
+import site
 import struct
 import sys
 
@@ -61,23 +62,26 @@ def serve(settings):
     gc.collect()
     gc.freeze()  # the collector of a forked program then writes to none of these pages, which would copy them
     channel.send({"ready": True}, {})
-    while True:
-        request = channel.receive()
-        if request is None:
-            return None
+    # The first byte of a request is read here, the rest by its supervisor: what the zygote held once, freed or not, a later program
+    # could find in its own memory.
+    while channel.socket.recv(1):
         check(libc.unshare(CLONE_NEWPID), "unshare")
         child = os.fork()
         if child == 0:
-            return supervise(channel, request, settings)
-        del request
+            return supervise(channel, settings)
         check(libc.setns(own_pid_namespace, CLONE_NEWPID), "setns")
         _, status = os.waitpid(child, 0)
         channel.send({"ready": True, "supervisor": os.waitstatus_to_exitcode(status)}, {})
+    return None
 
 
-def supervise(channel, request, settings):
+def supervise(channel, settings):
     """Process 1 of a run. Returns only in the program's process, with what to start; ends itself otherwise."""
+    gc.disable()
     try:
+        request = channel.receive()
+        if request is None:
+            os._exit(1)
         prepare_files(request, settings)
         program = start_program(request, settings)
         if program is None:
@@ -146,8 +150,9 @@ def start_program(request, settings):
 
 def drop_privileges(limits, settings):
     check(libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl")
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # whatever memory runs out of, programs go first
+    score = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
+    os.write(score, b"1000")  # whatever memory runs out of, programs go first
+    os.close(score)
     os.setsid()
     cpu = math.ceil(limits["cpu_s"])
     bounds = {
@@ -196,6 +201,7 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # process 1 takes no signal from inside its namespace, unless it has a handler
     for name in PRELOADED:
         importlib.import_module(name)
+    site.setquit()  # exit() and quit(), which many programs end with; without the rest of what site does
     to_start = serve(json.loads(sys.argv[1]))
     if to_start is not None:
         become(to_start)

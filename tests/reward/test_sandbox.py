@@ -55,6 +55,7 @@ def test_a_compiler_that_refuses_is_a_runtime_error_with_its_words(sandbox: Sand
     [
         ("raise ValueError('no')", 1, b'File "/box/main.py", line 1, in <module>'),
         ("import sys; sys.exit(7)", 7, b""),
+        ("exit(3)", 3, b""),
         ("import sys; sys.exit('words')", 1, b"words\n"),
         ("import os; os.kill(os.getpid(), 9)", -9, b""),
         ("def f(:", 1, b"SyntaxError"),

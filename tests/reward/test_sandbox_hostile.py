@@ -1,55 +1,17 @@
 """Programs that attack the sandbox, its host, other runs, or the tests: none succeeds, and nothing of them is left."""
 
-import os
-import re
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tandem.engine.reward.execution import MIB, Limits, Status
 from tandem.engine.reward.sandbox import Sandbox
 from tests.reward.hostile import ATTACKS, SECRET, Attack
 from tests.reward.sandboxes import SYSTEM_PYTHON, sandbox_or_skip
+from tests.reward.traces import Traces, settled
 
 LIMITS = Limits(wall_s=1.5, cpu_s=1.0, memory_bytes=128 * MIB, output_bytes=MIB, scratch_bytes=16 * MIB)
-
-
-@dataclass(frozen=True)
-class Traces:
-    """What a run could leave on the machine."""
-
-    processes: frozenset[int]
-    mounts: frozenset[str]
-    cgroups: frozenset[str]
-    shared_memory: frozenset[str]
-    temporary: frozenset[str]
-
-    @classmethod
-    def now(cls) -> "Traces":
-        """Of this process: what others do at the same time is not ours."""
-        groups = [str(path) for path in Path("/sys/fs/cgroup").rglob(f"tandem-{os.getpid()}-*") if path.is_dir()]
-        mounts = [
-            line for line in Path("/proc/self/mounts").read_text().splitlines() if re.search(r" /(box|mnt|tmp|dev/shm)/?\S* tmpfs", line)
-        ]
-        return cls(
-            processes=frozenset(child.pid for child in psutil.Process().children(recursive=True)),
-            mounts=frozenset(mounts),
-            cgroups=frozenset(groups),
-            shared_memory=frozenset(name for name in os.listdir("/dev/shm") if "hostile" in name),
-            temporary=frozenset(name for name in os.listdir("/tmp") if "hostile" in name),
-        )
-
-
-def settled(before: Traces, timeout_s: float = 20.0) -> Traces:
-    """What is there once it is no more than before, or after the time."""
-    deadline = time.monotonic() + timeout_s
-    while (after := Traces.now()) != before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return after
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,6 +46,33 @@ def test_an_attack_fails_and_leaves_nothing(sandbox: Sandbox, attack: Attack) ->
         "import os; print(sorted(os.listdir('/box') + os.listdir('/tmp') + os.listdir('/dev/shm')), len(os.listdir('/proc')) > 9)"
     )
     assert again.stdout == b"['main.py'] True\n", again
+
+
+def test_a_program_finds_nothing_of_earlier_runs_in_its_memory(sandbox: Sandbox) -> None:
+    source = """
+import re, sys
+wanted = bytes.fromhex(sys.stdin.read())[::-1]
+with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", 0) as memory:
+    for line in maps:
+        start, end, rights = re.match(r"(\\w+)-(\\w+) (\\S+)", line).groups()
+        if rights.startswith("rw"):
+            memory.seek(int(start, 16))
+            pages = memory.read(int(end, 16) - int(start, 16))
+            for match in re.finditer(re.escape(wanted[:-1]), pages):
+                if pages[match.end() : match.end() + 1] == wanted[-1:]:
+                    print("BROKEN")
+print("searched")
+"""
+    secret = b"only-the-earlier-run-knows-this"
+    reversed_hex = secret[::-1].hex()  # so that the search does not find itself
+    for _ in range(3):
+        earlier = sandbox.run(
+            "import sys; print(len(sys.stdin.read())) #" + secret.decode(), stdin=secret * 1000, files={"f": secret * 1000}
+        )
+        assert earlier.status is Status.OK
+    done = sandbox.run(source, stdin=reversed_hex)
+    assert done.stdout.splitlines()[-1:] == [b"searched"], done
+    assert done.stdout.count(b"BROKEN") <= 2, done  # its own `wanted`, and a copy of it
 
 
 def test_nothing_but_scratch_space_can_be_written(sandbox: Sandbox) -> None:
