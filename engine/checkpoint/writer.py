@@ -1,7 +1,7 @@
 """What one rank does for each bucket: the copies from its live parameters, prepared once from the plan."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -11,9 +11,9 @@ import torch.distributed as dist
 from tandem.engine.buckets import NUM_SLOTS, SharedBuckets
 from tandem.engine.checkpoint.names import HFView
 from tandem.engine.checkpoint.plan import Entry, Piece, Plan, Region
+from tandem.engine.checkpoint.staging import Copy, Staged, stage
 from tandem.engine.types import TensorMeta
 
-Copy = tuple[torch.Tensor, torch.Tensor]  # (destination, source); the dtypes may differ
 ByteCopy = tuple[memoryview, memoryview]  # (destination, source), equally long
 
 
@@ -27,7 +27,7 @@ class EntryWork:
     start: int
     num_bytes: int
     byte_copies: tuple[ByteCopy, ...]
-    copies: tuple[Copy, ...]  # that convert, gather strided rows or come from a device
+    copies: tuple[Copy, ...]  # that convert, gather strided rows or come from a device without kernels
     computes_checksum: bool
 
     def write(self, shared: SharedBuckets) -> None:
@@ -51,22 +51,24 @@ class BucketWork:
     shared_checksums: bool = False  # whether any rank of the node has late checksums
     sends: list[tuple[int, torch.Tensor, tuple[Copy, ...]]] = field(default_factory=list)  # (to, staging, copies that fill it)
     receives: list[tuple[int, torch.Tensor]] = field(default_factory=list)  # (from, staging)
+    staged: Staged | None = None  # what comes from a device
 
     def exchange(self, group: dist.ProcessGroup, timeout_s: float) -> None:
-        """Send and receive what crosses nodes; a no-op on one node. A failed copy is raised after the exchange: others wait for it."""
-        if not self.sends and not self.receives:
-            return
-        operations = [dist.P2POp(dist.irecv, staging, group=group, group_peer=rank) for rank, staging in self.receives]
+        """Bring over what lies on a device; send and receive what crosses nodes. A failed copy is raised after that: others wait for it."""
         failed: Exception | None = None
-        for rank, staging, copies in self.sends:
-            try:
+        try:
+            if self.staged is not None:
+                self.staged.fill()
+            for _, _, copies in self.sends:
                 for destination, source in copies:
                     destination.copy_(source)
-            except Exception as error:
-                failed = error
-            operations.append(dist.P2POp(dist.isend, staging, group=group, group_peer=rank))
-        for request in dist.batch_isend_irecv(operations):
-            request.wait(timedelta(seconds=timeout_s))
+        except Exception as error:
+            failed = error
+        if self.sends or self.receives:
+            operations = [dist.P2POp(dist.irecv, staging, group=group, group_peer=rank) for rank, staging in self.receives]
+            operations += [dist.P2POp(dist.isend, staging, group=group, group_peer=rank) for rank, staging, _ in self.sends]
+            for request in dist.batch_isend_irecv(operations):
+                request.wait(timedelta(seconds=timeout_s))
         if failed is not None:
             raise failed
 
@@ -82,6 +84,8 @@ def make_bucket_work(
     works = [BucketWork() for _ in plan.buckets]
     writers: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
     copies: defaultdict[tuple[int, int], list[Copy]] = defaultdict(list)
+    sends: list[list[tuple[int, torch.Tensor, list[Copy]]]] = [[] for _ in plan.buckets]
+    live: list[list[Copy]] = [[] for _ in plan.buckets]  # of both, those that read this rank's parameters
     for piece in plan.pieces:
         work, entry = works[piece.bucket], plan.buckets[piece.bucket][piece.entry]
         meta = metas[entry.name]
@@ -94,16 +98,23 @@ def make_bucket_work(
             staging = torch.empty([stop - start for start, stop in piece.region], dtype=meta.dtype)
             # bytes: gloo knows fewer dtypes than torch
             if rank == piece.source:
-                filled = tuple(_copies_from(held[entry.name], piece.region, staging))
-                work.sends.append((piece.writer, staging.view(-1).view(torch.uint8), filled))
+                filled = _copies_from(held[entry.name], piece.region, staging)
+                live[piece.bucket] += filled
+                sends[piece.bucket].append((piece.writer, staging, filled))
                 continue
             work.receives.append((piece.source, staging.view(-1).view(torch.uint8)))
         assert shared is not None, "only ranks of a node with an engine write"
         destination = _in_slot(shared, piece, entry, meta)
         if staging is None:
-            copies[piece.bucket, piece.entry] += _copies_from(held[entry.name], piece.region, destination)
+            written = _copies_from(held[entry.name], piece.region, destination)
+            live[piece.bucket] += written
+            copies[piece.bucket, piece.entry] += written
         else:
             copies[piece.bucket, piece.entry].append((destination, staging))
+    all_staged, hosts = stage(live)
+    for work, staged, to_send in zip(works, all_staged, sends, strict=True):
+        work.staged = staged
+        work.sends = [(to, staging.view(-1).view(torch.uint8), tuple(_from_host(filled, hosts))) for to, staging, filled in to_send]
     for bucket, checksum_ranks in enumerate(plan.checksum_ranks.get(node, ())):
         work = works[bucket]
         for index, (entry, checksum_rank) in enumerate(zip(plan.buckets[bucket], checksum_ranks, strict=True)):
@@ -112,7 +123,8 @@ def make_bucket_work(
             if rank not in writers[bucket, index]:
                 continue
             mine = checksum_rank == rank
-            plain = [pair for pair in copies[bucket, index] if _is_plain(*pair)]
+            pairs = _from_host(copies[bucket, index], hosts)
+            plain = [pair for pair in pairs if _is_plain(*pair)]
             entry_work = EntryWork(
                 name=entry.name,
                 index=index,
@@ -120,13 +132,18 @@ def make_bucket_work(
                 start=entry.bucket_start,
                 num_bytes=entry.num_bytes,
                 byte_copies=tuple((_memory(destination), _memory(source)) for destination, source in plain),
-                copies=tuple(pair for pair in copies[bucket, index] if not _is_plain(*pair)),
+                copies=tuple(pair for pair in pairs if not _is_plain(*pair)),
                 computes_checksum=mine and alone,
             )
             work.entries.append(entry_work)
             if mine and not alone:
                 work.late_checksums.append(entry_work)
     return works
+
+
+def _from_host(copies: Sequence[Copy], hosts: Mapping[int, torch.Tensor]) -> list[Copy]:
+    """The copies, with what is staged read from where it is on the host."""
+    return [(destination, hosts.get(id(source), source)) for destination, source in copies]
 
 
 def _is_plain(destination: torch.Tensor, source: torch.Tensor) -> bool:
