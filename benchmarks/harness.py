@@ -48,10 +48,9 @@ from typing import Any
 import torch
 
 from benchmarks.instruments import Rates, Sampler, Timer, peak_bytes
-from benchmarks.results import TABLE_HEAD, Row, append_rows, plot_roofline, read_rows, regressions, table_lines
+from benchmarks.results import OURS, TABLE_HEAD, Row, append_rows, plot_roofline, read_rows, regressions, table_lines
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ("kernel", "reference")
 MIN_REPEATS, MAX_REPEATS, QUICK_REPEATS = 5, 200, 2
 PEER_SLACK = 10.0  # a peer that is off by up to this many tolerances is timed, and its error marked with (!)
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn", "flash-attn-4")

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from benchmarks import harness, instruments
 from benchmarks.harness import Case, Subject
 from benchmarks.instruments import Rates, Sampler, peak_bytes
-from benchmarks.results import read_rows
+from benchmarks.results import Row, read_rows, regressions
 from tandem.engine import bench, cli
 
 CPU = torch.device("cpu")
@@ -101,23 +102,50 @@ def test_a_smaller_case_is_checked_in_place_of_a_large_one() -> None:
 
 
 def test_slower_or_larger_than_the_baseline_ends_with_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _main(_subject(), "--out", tmp_path) == 0
-    [row] = [json.loads(line) for line in (tmp_path / "doubling.jsonl").read_text().splitlines()]
+    """On a CPU by the ratio to a peer in the same run; a hundredth of a ratio is no noise."""
+    subject = _subject(peer=lambda x: x + x)
+    assert _main(subject, "--out", tmp_path) == 0
+    own, peer = (json.loads(line) for line in (tmp_path / "doubling.jsonl").read_text().splitlines())
 
-    def against(**changed: Any) -> int:
-        (tmp_path / "baseline.jsonl").write_text('{"subject": "swap"}\n' + json.dumps({**row, **changed}) + "\n")
-        return _main(_subject(), "--compare", tmp_path / "baseline.jsonl")
+    def against(factor: float, **changed: Any) -> int:
+        slower = {name: own[name] * factor for name in ("median_s", "p10_s", "p90_s")}
+        lines = [{"subject": "swap"}, {**own, **slower, **changed}, peer]
+        (tmp_path / "baseline.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return _main(subject, "--compare", tmp_path / "baseline.jsonl")
 
-    slow = {"median_s": 100.0, "p10_s": 100.0, "p90_s": 100.0}
-    fast = {name: 1e-12 for name in slow}
-    assert against(**slow) == 0
+    assert against(100.0) == 0
     assert "no regression" in capsys.readouterr().out
-    assert against(**fast) == 1
-    assert "doubling double {'N': 1000} float32 reference" in capsys.readouterr().out
-    assert against(**slow, peak_bytes=3000) == 1
+    assert against(100.0, device={"name": "another"}) == 0, "ratios are compared between machines"
+    assert against(0.01) == 1
+    shown = capsys.readouterr().out
+    assert "doubling double {'N': 1000} float32 reference: × " in shown
+    assert "of peer, baseline × " in shown
+    assert against(100.0, peak_bytes=3000) == 1
     assert "bytes, baseline 3,000" in capsys.readouterr().out
-    assert against(device={"name": "another"}) == 2
-    assert "its devices are another" in capsys.readouterr().err
+    assert against(100.0, case="triple") == 2
+    assert "no row about these cases" in capsys.readouterr().err
+
+
+def test_on_a_gpu_times_are_held_against_those_of_the_same_device() -> None:
+    row = Row(subject="norm", case="forward", shape={"T": 1}, dtype="bfloat16", run="kernel", ours=True, device={"name": "H200"})
+    before, after = (replace(row, median_s=time, p10_s=time * 0.99, p90_s=time * 1.01) for time in (1.0, 1.2))
+    assert regressions([before], [before], "cuda") == []
+    assert regressions([before], [after], "cuda") == []
+    [line] = regressions([after], [before], "cuda")
+    assert "1200.000 ms, baseline 1000.000 ms: × 1.20, over the bound of × 1.07" in line
+    with pytest.raises(ValueError, match="its devices are another"):
+        regressions([before], [replace(before, device={"name": "another"})], "cuda")
+
+
+def test_the_baseline_that_is_kept_for_a_cpu_holds_and_a_kernel_slowed_down_is_found() -> None:
+    rows = read_rows(ROOT / "benchmarks/baselines/cpu_kernels.jsonl")
+    assert {row.subject for row in rows} >= {"attention", "elementwise", "logprob", "moe", "policy_loss"}
+    assert regressions(rows, rows, "cpu") == []
+    for slowed in [row for row in rows if row.ours and row.run == "reference" and row.subject == "logprob"]:
+        slower = replace(slowed, p10_s=slowed.p10_s * 2)
+        found = regressions([slower if row is slowed else row for row in rows], rows, "cpu")
+        assert len(found) == 1
+        assert f"{slowed.case} {slowed.shape} float32 reference: ×" in found[0]
 
 
 def test_a_profile_is_a_trace_for_each_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
