@@ -203,13 +203,17 @@ class SGLangEngine:
 
     def restart(self) -> None:
         """Replace the server, dead or alive, by one without weights (policy_version -1)."""
-        self._client.close()
+        self.disconnect()
         self.server.restart()
         self._connect()
 
+    def disconnect(self) -> None:
+        """Leave the server to another engine. This one is of no use any more."""
+        self._client.close()
+
     def close(self) -> None:
         """Stop the server. May be called twice."""
-        self._client.close()
+        self.disconnect()
         self.server.close()
 
     def __enter__(self) -> Self:

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import queue
 import time
+import uuid
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +63,6 @@ class Generation:
         self._rows = {request.request_id: _Row(request=request) for request in requests}
         self._waiting = deque[_Row]()
         self._running: dict[str, _Row] = {}  # by the id under which the server knows it
-        self._num_started = 0
         self._heard_s = 0.0
         self._has_changed = asyncio.Event()  # something is to be aborted on the server
         self.ended: queue.SimpleQueue[Completion | Exception | None] = queue.SimpleQueue()
@@ -101,7 +101,7 @@ class Generation:
 
     def _take_recorded(self) -> None:
         """Completions that are known take their tokens of the budget first, in the order of the requests."""
-        for row in self._rows.values():
+        for row in list(self._rows.values()):
             recorded = row.request.recorded
             if row.request.max_new_tokens == 0:
                 self._end(row, StopState.LENGTH)
@@ -119,8 +119,7 @@ class Generation:
         """One of `max_batch` places: takes the next request when its own has ended."""
         while self._waiting:
             row = self._waiting.popleft()
-            self._num_started += 1
-            name = f"{self._num_started}-{row.request.seed:x}"
+            name = uuid.uuid4().hex  # never used twice: SGLang aborts a streamed request's id again, two seconds after its end
             self._running[name] = row
             await self._generate(name, row)
             del self._running[name]

@@ -28,6 +28,7 @@ _LOG_TAIL_BYTES = 3000
 _HEALTH_POLL_S = 0.2
 _HEALTH_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 20.0
+_CONTEXT_MARGIN = 8  # SGLang ends a response some tokens before its context is full
 # The token that ends a response is the engine's business: the server must know none of its own.
 _END_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
@@ -81,7 +82,13 @@ class SGLangServer:
     def _command(self, folder: Path) -> list[str]:
         setup, config = self.setup, self.setup.config
         path = [folder / "python"]
-        variables = {"TMPDIR": str(folder / "tmp"), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        context_length = setup.context_length + _CONTEXT_MARGIN
+        variables = {
+            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+            "TMPDIR": str(folder / "tmp"),
+            "PYTHONUNBUFFERED": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
         arguments: dict[str, object] = {
             "model-path": folder / "model",
             "load-format": "dummy",
@@ -89,7 +96,7 @@ class SGLangServer:
             "host": "127.0.0.1",
             "port": self.port,
             "tp-size": setup.tp,
-            "context-length": setup.context_length,
+            "context-length": context_length,
             "max-running-requests": setup.max_running,
             "custom-weight-loader": RECEIVER,
             "random-seed": 0,
@@ -107,7 +114,7 @@ class SGLangServer:
             variables["TORCHDYNAMO_DISABLE"] = "1"  # the stand-in for sgl_kernel computes hashes in NumPy, which torch.compile rewrites
             arguments |= {"device": "cpu", "attention-backend": "torch_native", "mem-fraction-static": 0.3}
             flags.append("sleep-on-idle")
-            kv_tokens = setup.max_running * setup.context_length if kv_tokens is None else kv_tokens
+            kv_tokens = setup.max_running * context_length if kv_tokens is None else kv_tokens
         else:
             arguments |= {"base-gpu-id": setup.node_rank, "mem-fraction-static": config.memory_fraction}
             flags.append("enable-memory-saver")

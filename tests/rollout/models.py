@@ -17,8 +17,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from tandem.engine.rollout.embedded import EmbeddedEngine
-from tandem.engine.types import BucketEntry, Completion, TensorMeta
+from tandem.engine.types import BucketEntry, Completion, TensorMeta, WeightSink
 
 VOCAB_SIZE = 64
 CONTEXT_LENGTH = 96
@@ -115,7 +114,7 @@ def buckets(tensors: Mapping[str, torch.Tensor], bucket_bytes: int) -> list[tupl
 
 
 def send(
-    engine: EmbeddedEngine,
+    engine: WeightSink,
     tensors: Mapping[str, torch.Tensor],
     policy_version: int,
     *,
@@ -135,7 +134,7 @@ def send(
             engine.load(file.name, entries)
 
 
-def serve(engine: EmbeddedEngine, model: PreTrainedModel, policy_version: int = 0) -> None:
+def serve(engine: WeightSink, model: PreTrainedModel, policy_version: int = 0) -> None:
     """A whole swap."""
     send(engine, disk_tensors(model), policy_version)
     engine.commit()

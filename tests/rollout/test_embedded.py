@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tandem.engine.types import BucketEntry, GenerationRequest, StopState, Tenso
 from tests.rollout.models import (
     CONTEXT_LENGTH,
     buckets,
+    by_id,
     disk_tensors,
     metas,
     process_exists,
@@ -180,6 +182,15 @@ def test_equal_weights_have_equal_digests_however_they_arrive(engine: EmbeddedEn
     send(engine, changed, 3)
     engine.commit()
     assert engine.weights_digest not in (None, first)
+
+
+def test_where_a_budget_ends_is_the_same_every_time_and_the_first_requests_get_the_last_tokens(engine: EmbeddedEngine) -> None:
+    requests = [replace(request(20, str(i)), token_ids=(i + 1,), temperature=None) for i in range(20)]
+    for budget in (0, 3, 45, 399):
+        first, again = (by_id(list(engine.generate(requests, token_budget=budget))) for _ in range(2))
+        assert first == again
+    completions = by_id(list(engine.generate(requests[:6], token_budget=4)))
+    assert [len(completions[str(i)].token_ids) for i in range(6)] == [1, 1, 1, 1, 0, 0]
 
 
 def test_a_child_killed_while_it_generates_is_noticed_and_replaced(models: list[PreTrainedModel]) -> None:
