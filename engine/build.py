@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,11 @@ from tandem.engine.errors import Stopped
 from tandem.engine.feasibility import check_run
 from tandem.engine.generation import Generation
 from tandem.engine.hf_config import hf_config_of
+from tandem.engine.log import METRICS_FILE, read_metrics
 from tandem.engine.mesh_rules import kv_heads_in_attention, splits_heads
-from tandem.engine.reward.judge import DOMAINS, Judge
+from tandem.engine.reward.domains import DOMAINS
+from tandem.engine.reward.grading_stats import RewardAlarm
+from tandem.engine.reward.judge import Judge
 from tandem.engine.rollout.embedded import EmbeddedEngine
 from tandem.engine.rollout.sglang import SGLangEngine
 from tandem.engine.rollout.sglang_server import ServerSetup, SGLangServer
@@ -72,6 +76,12 @@ class Parts:
         prompts = self._read(prompts_file, config.model.context_length)
         held_out = self._read(held_out_file, config.model.context_length) if held_out_file is not None else []
         self.eval_prompts: Sequence[Prompt] = held_out[: config.evaluation.max_prompts]
+        grading = functools.partial(run.log.progress, "grade")
+        self.judge = Judge(config.reward, self.tokenizer, num_workers=run.num_threads, on_progress=grading)
+        stack.callback(self.judge.close)
+        self.alarm = RewardAlarm(config.reward)
+        if run.is_leader:  # the others grade nothing
+            self.judge.check([*prompts, *self.eval_prompts])
 
         self.mesh = build_mesh(config.mesh, hf_config)
         stack.callback(destroy_mesh)
@@ -96,7 +106,6 @@ class Parts:
             revive=lambda: self.generation.replace_dead_engine("in a swap"),
         )
         stack.callback(self.weights.close)
-        self.judge = Judge(config.reward, self.tokenizer)
         self.sampler = PromptSampler(config.sampling, prompts, seed=config.seed) if run.rank == 0 else None
         (run.dir / "replay").mkdir(exist_ok=True)
         self.buffer = ReplayBuffer(run.dir / "replay" / f"rank_{run.rank}.sqlite")
@@ -270,5 +279,8 @@ class Parts:
         self._sampler_state = self.sampler.state_dict() if self.sampler is not None else None
         self.buffer.rewind(step)
         self.run.log.rewind(step if found is not None else -1)
+        if self.run.rank == 0 and (self.run.dir / METRICS_FILE).exists():
+            for line in read_metrics(self.run.dir):
+                self.alarm.observe(line)
         self.run.first_step = step
         return found is not None

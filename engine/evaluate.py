@@ -1,5 +1,6 @@
 """Greedy pass@1 on held-out prompts: during a run, and of any model folder."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from tandem.engine.checkpoint.serve_folder import serve_folder
 from tandem.engine.config import DataConfig, RepetitionConfig, RewardConfig, RolloutConfig
 from tandem.engine.data.prompts import load_prompts
 from tandem.engine.data.tokenizer import load_tokenizer
-from tandem.engine.reward.judge import DOMAINS, Judge
+from tandem.engine.reward.domains import DOMAINS
+from tandem.engine.reward.judge import Judge
 from tandem.engine.rollout.budget import generate_groups, new_group
 from tandem.engine.rollout.embedded import EmbeddedEngine
 from tandem.engine.run import Run
@@ -33,10 +35,12 @@ def evaluate(run: Run, parts: Parts, step: int) -> dict[str, float]:
         if run.is_leader:
             mine = parts.eval_prompts[run.leaders.index(run.rank) :: len(run.leaders)]
         groups = [new_group(prompt, 1, first_iteration=step, serial=i) for i, prompt in enumerate(mine)]
-        num_correct = num_tokens = 0
+        num_tokens = 0
         for group in parts.generation.generate(groups, step, temperature=0.0):
-            num_correct += parts.judge.score(group).verdicts[0].correct
+            parts.judge.submit(group)
             num_tokens += group.responses[0].num_tokens
+        num_correct = sum(group.verdicts[0].correct for group in parts.judge.finish())
+        parts.judge.take_stats()  # those of an iteration are of its rollouts
         num_prompts = len(parts.eval_prompts)
         return {
             "eval/pass_at_1": run.sum(num_correct) / num_prompts,
@@ -68,15 +72,19 @@ def evaluate_model(
     config = RolloutConfig(max_response_tokens=max_response_tokens, repetition=RepetitionConfig(max_period=0, ngram=0))
     data = DataConfig(prompt_template=prompt_template, use_chat_template=use_chat_template)
     loaded = load_prompts(prompts, tokenizer, data, context_length=context_length, domains=DOMAINS)
-    judge = Judge(RewardConfig(), tokenizer)
-    with EmbeddedEngine(
-        hf_config,
-        config,
-        dtype="float32",
-        context_length=context_length,
-        stop_token_ids=stop_token_ids(tokenizer, model),
-        num_threads=num_threads,
-    ) as engine:
+    judge = Judge(RewardConfig(), tokenizer, num_workers=num_threads)
+    with (
+        contextlib.closing(judge),
+        EmbeddedEngine(
+            hf_config,
+            config,
+            dtype="float32",
+            context_length=context_length,
+            stop_token_ids=stop_token_ids(tokenizer, model),
+            num_threads=num_threads,
+        ) as engine,
+    ):
+        judge.check(loaded)
         serve_folder(model, engine, torch.float32)
         groups = generate_groups(
             engine,
@@ -87,9 +95,13 @@ def evaluate_model(
             token_budget=None,
             temperature=0.0,
         )
-        scored = [judge.score(group) for group in groups]
+        num_tokens = 0
+        for group in groups:
+            judge.submit(group)
+            num_tokens += group.responses[0].num_tokens
+        num_correct = sum(group.verdicts[0].correct for group in judge.finish())
     return {
-        "pass_at_1": sum(group.verdicts[0].correct for group in scored) / len(scored),
-        "response_tokens": sum(group.responses[0].num_tokens for group in scored) / len(scored),
-        "num_prompts": float(len(scored)),
+        "pass_at_1": num_correct / len(loaded),
+        "response_tokens": num_tokens / len(loaded),
+        "num_prompts": float(len(loaded)),
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 from tandem.engine.build import Parts
 from tandem.engine.deal import DealtBatch
+from tandem.engine.reward.grading_stats import grading_metrics
 from tandem.engine.run import Run
 from tandem.engine.types import Group, StopState, Tokenizer
 
@@ -25,6 +26,10 @@ def finish_step(run: Run, parts: Parts, step: int, groups: Sequence[Group], batc
             run.log.rollouts(step, rollout_rows(groups, batch, parts.tokenizer))
         metrics = {name if name.startswith("eval/") else f"train/{name}": value for name, value in stats.items()}
         metrics |= rollout_stats(run, groups, batch, step)
+        metrics |= grading_metrics(run.gather(parts.judge.take_stats()))
+        for warning in parts.alarm.observe(metrics):
+            run.log.event("reward alarm", step=step, warning=warning)
+            run.log.say(f"Reward alarm in iteration {step}: {warning}.")
         metrics["rollout/new_tokens"] = run.sum(parts.generation.num_tokens)
         num_reused = run.sum(parts.generation.num_reused)
         metrics["length_penalty/weight"] = run.config.length_penalty.weight_at(step)

@@ -36,11 +36,14 @@ def train(config: RunConfig) -> None:
                     groups = buffer.pop_partial()  # cut by the token budget last time
                     groups += run.draw(sampler, groups, step=step)
                     for group in parts.generation.generate(groups, step, token_budget=run.share(config.rollout.token_budget)):
-                        with phase("grade"):  # while the engine goes on generating
+                        with phase("grade"):  # in the background, while the engine goes on generating
                             if group.is_finished:
-                                buffer.push_scored([judge.score(group)])
+                                judge.submit(group)
                             else:
                                 buffer.push_partial([group])
+                            buffer.push_scored(judge.take_scored())
+                with phase("grade"):
+                    buffer.push_scored(judge.finish())
             with phase("pack"):
                 groups = buffer.pop_scored()
                 run.observe(sampler, groups)  # success rates steer the next draw

@@ -25,7 +25,10 @@ from tandem.engine.config import (
         (lambda: RunConfig(name="x", seed=-1), "seed is -1; it must not be negative"),
         (lambda: RunConfig(name="x", steps=-1), "steps is -1; it must not be negative"),
         (lambda: RunConfig(name="x", timeout_s=0.0), "timeout_s is 0.0; it must be positive"),
-        (lambda: RewardConfig(over_budget_penalty=-1.0), "reward.over_budget_penalty is -1.0; it is subtracted, so it must not be negative"),
+        (
+            lambda: RewardConfig(over_budget_penalty=-1.0),
+            "reward.over_budget_penalty is -1.0; it is subtracted, so it must not be negative",
+        ),
         (lambda: RewardConfig(over_budget_start=1.5), "reward.over_budget_start is 1.5; it must lie in [0, 1]"),
         (lambda: RewardConfig(format_penalty=1.0), "reward.format_markers is (); reward.format_penalty needs at least one"),
         (lambda: RewardConfig(format_markers=("",)), "reward.format_markers is ('',); none may be empty"),

@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_bit_for_bit(warm_started: Path, tmp_path: Path) ->
     assert weights_of(killed, 4) == weights_of(whole, 4)
 
     def comparable(run: Path) -> list[dict[str, Any]]:
-        timed = ("time", "step_s", "phase_s/", "overhead_fraction", "tokens_per_s")
+        timed = ("time", "step_s", "phase_s/", "overhead_fraction", "tokens_per_s", "latency_s")
         return [{name: value for name, value in line.items() if not any(part in name for part in timed)} for line in steps_of(run)]
 
     assert comparable(killed) == comparable(whole)

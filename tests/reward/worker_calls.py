@@ -51,3 +51,21 @@ def unpicklable() -> Any:
 
 def fail_to_start() -> None:
     raise ImportError("no sympy here")
+
+
+def is_answer(text: str, answer: str) -> bool:
+    return f"A:{answer}." in text
+
+
+def is_answer_slowly(text: str, answer: str) -> bool:
+    """As long as the text says: "5ms A:18." takes 5 ms."""
+    time.sleep(int(text.split("ms")[0]) / 1000)
+    return is_answer(text, answer)
+
+
+def crash_or_answer(text: str, answer: str) -> bool:
+    if "crash" in text:
+        crash()
+    if "hang" in text:
+        time.sleep(600)
+    return is_answer(text, answer)
