@@ -200,6 +200,7 @@ class Pool:
         """Start all workers. Raises: WorkerError, CgroupError, leaving none behind."""
         self._settings = settings
         self._num_workers = num_workers
+        self._owner = os.getpid()
         self._lock = threading.Lock()
         self.num_replaced = 0
         self._is_closed = False
@@ -219,9 +220,12 @@ class Pool:
 
         Raises: WorkerError or CgroupError when a replacement cannot be started.
         """
-        if self._is_closed:
-            raise WorkerError("the sandbox is closed")
+        if os.getpid() != self._owner:
+            raise WorkerError(f"the sandbox belongs to process {self._owner}; make one in this process ({os.getpid()}), after the fork")
         worker = self._idle.get()
+        if self._is_closed:
+            self._idle.put(worker)  # for `close`, or whoever waits behind
+            raise WorkerError("the sandbox is closed")
         keep = None
         try:
             if worker is None:
@@ -239,10 +243,12 @@ class Pool:
                 self._idle.put(keep)
 
     def close(self) -> None:
-        """Wait for the runs in progress and end all workers."""
+        """Wait for the runs in progress and end all workers. In a process forked from the owner, nothing."""
+        if self._is_closed or os.getpid() != self._owner:
+            return
         self._is_closed = True
         for _ in range(self._num_workers):
             worker = self._idle.get()
             if worker is not None:
                 worker.close()
-        self._num_workers = 0
+        self._idle.put(None)  # threads that still wait find out, one after the other

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -85,6 +86,7 @@ class Sandbox:
         )
         self.num_workers = num_workers or len(os.sched_getaffinity(0))
         self._pool = Pool(settings, self.num_workers)
+        self._finalizer = weakref.finalize(self, self._pool.close)  # also when the interpreter ends: groups would stay
         self._compiled: OrderedDict[tuple[str, str], Program] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -121,7 +123,7 @@ class Sandbox:
 
     def close(self) -> None:
         """Wait for the runs in progress, then end all workers and remove their groups."""
-        self._pool.close()
+        self._finalizer()
 
     def __enter__(self) -> Self:
         return self

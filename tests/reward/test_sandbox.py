@@ -82,9 +82,7 @@ threading.Timer(0.05, lambda: print("thread")).start()
 """
     done = sandbox.run(source, files={"other.py": b"VALUE = 3"}, stdin="x" * 300_000)
     assert done.status is Status.OK, done.stderr
-    assert done.stdout == (
-        b"__main__ /box/main.py ['/box/main.py'] 3 Pair(left=1) /box 300000\nthread\nexit function\n"
-    )
+    assert done.stdout == (b"__main__ /box/main.py ['/box/main.py'] 3 Pair(left=1) /box 300000\nthread\nexit function\n")
 
 
 def test_a_deep_recursion_has_the_stack_it_was_promised(sandbox: Sandbox) -> None:
@@ -164,6 +162,22 @@ def test_a_worker_that_died_is_a_sandbox_error_and_is_replaced() -> None:
         running.join(30)
         assert results[0].status is Status.SANDBOX_ERROR
         assert sandbox.run("print(1)").stdout == b"1\n"
+
+
+def test_a_closed_sandbox_ends_those_who_wait_and_refuses_others() -> None:
+    with sandbox_or_skip() as sandbox:
+        results: list[Status] = []
+        threads = [threading.Thread(target=lambda: results.append(sandbox.run("import time; time.sleep(0.5)").status)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        sandbox.close()
+        for thread in threads:
+            thread.join(30)
+        assert results.count(Status.OK) >= 1
+        assert set(results) <= {Status.OK, Status.SANDBOX_ERROR}
+        assert len(results) == 4
+        assert b"closed" in sandbox.run("print(1)").stderr
 
 
 def test_a_sandbox_without_cgroups_says_what_it_does_not_enforce_and_limits_the_rest() -> None:

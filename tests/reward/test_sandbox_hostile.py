@@ -1,8 +1,11 @@
 """Programs that attack the sandbox, its host, other runs, or the tests: none succeeds, and nothing of them is left."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tandem.engine.reward.execution import MIB, Limits, Status
@@ -115,6 +118,34 @@ def test_in_a_user_namespace_attacks_fail_too() -> None:
             assert b"BROKEN" not in done.stdout, (attack.name, done.stdout.decode())
             assert done.status in attack.ends, (attack.name, done)
         assert sandbox.run("print(1)").stdout == b"1\n"
+
+
+@pytest.mark.parametrize("end", ["return", "SIGKILL"])
+def test_an_engine_that_ends_without_closing_leaves_nothing(end: str, sandbox: Sandbox) -> None:
+    """Killed, its groups stay until the next sandbox is made; no process does."""
+    source = """
+import sys, threading, time
+from tandem.engine.reward.sandbox import Sandbox
+sandbox = Sandbox(num_workers=1)
+if sys.argv[1] == "SIGKILL":
+    threading.Thread(target=sandbox.run, args=("import time; time.sleep(60)",), daemon=True).start()
+    time.sleep(1)
+print("ready", flush=True)
+if sys.argv[1] == "SIGKILL":
+    time.sleep(60)
+"""
+    engine = subprocess.Popen([sys.executable, "-c", source, end], stdout=subprocess.PIPE)
+    assert engine.stdout is not None
+    with engine:
+        assert engine.stdout.readline() == b"ready\n"
+        below = psutil.Process(engine.pid).children(recursive=True) if end == "SIGKILL" else []
+        if end == "SIGKILL":
+            assert len(below) >= 4, below  # bubblewrap, zygote, supervisor, program
+            engine.kill()
+        engine.wait(60)
+    assert not psutil.wait_procs(below, timeout=20)[1]
+    with sandbox_or_skip():
+        assert not [path for path in Path("/sys/fs/cgroup").rglob(f"tandem-{engine.pid}-*") if path.is_dir()]
 
 
 @pytest.mark.slow
