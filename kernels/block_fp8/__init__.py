@@ -48,7 +48,9 @@ def _scales(rows_MN: torch.Tensor) -> torch.Tensor:
     padding = (0, -rows_MN.shape[1] % BLOCK, 0, -rows_MN.shape[0] % BLOCK)
     padded = torch.nn.functional.pad(rows_MN.abs(), padding)
     amax = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax(dim=(1, 3))
-    return torch.where(amax == 0, 1.0, (amax / LARGEST).clamp(min=SMALLEST_SCALE))
+    # By a tensor: on a GPU torch multiplies by the reciprocal of a number, which rounds differently.
+    scale = (amax / torch.full_like(amax, LARGEST)).clamp(min=SMALLEST_SCALE)
+    return torch.where(amax == 0, 1.0, scale)
 
 
 def dequantise(fp8_MN: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
