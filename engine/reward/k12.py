@@ -6,6 +6,7 @@ parts in braces, or between commas, are a set; up to five words are exact; anyth
 """
 
 import functools
+import itertools
 import json
 import re
 import unicodedata
@@ -63,7 +64,7 @@ class K12Grader:
             return
         if self._judge is None:
             raise ValueError(
-                f"its answer {prompt.answer!r:.60} is for a model judge (type judge), and there is none; give grading.type, one of "
+                f"its answer {prompt.answer!r:.60} is for a model judge (type judge), and there is none; set reward.judge_url, or give grading.type, one of "
                 f"{', '.join(KINDS)}, or a shorter answer"
             )
         self._judge.check(prompt)
@@ -181,10 +182,12 @@ def _same_set(found: Sequence[str], expected: Sequence[str], spec: AnswerSpec) -
 def _same_item(found: str, expected: str, spec: AnswerSpec) -> bool | None:
     if _plain(found) == _plain(expected):
         return True
+    if spec.type == "exact":
+        return False
     a, b = _quantity(found), _quantity(expected)
     if a is not None and b is not None:
         return _within(a, b, spec) if spec.tolerance or spec.relative_tolerance else same_quantity(a, b)
-    if spec.type == "exact" or not (_is_formula(found) or _is_formula(expected)):
+    if not (_is_formula(found) or _is_formula(expected)):
         return False
     return None if (a is not None or _is_formula(found)) and (b is not None or _is_formula(expected)) else False
 
@@ -211,15 +214,29 @@ def _is_formula(text: str) -> bool:
 
 
 def _unbracketed(text: str) -> tuple[str | None, str]:
+    """The bracket that encloses the whole text, and what is in it."""
     text = text.strip().strip("$").strip().removeprefix(r"\left").strip()
     for opening, closing in _BRACKETS.items():
-        if text.startswith(opening) and text.endswith(closing) and text.count(opening[-1]) == 1:
-            return opening, text[len(opening) : -len(closing)].removesuffix(r"\right").strip()
+        if text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing):
+            content = text[len(opening) : -len(closing)]
+            if min(_depths(content), default=0) >= 0:
+                return opening, content.removesuffix(r"\right").strip()
     return None, text
 
 
+def _depths(text: str) -> list[int]:
+    """How many brackets are open after each character."""
+    return list(itertools.accumulate((character in "([{") - (character in ")]}") for character in text))
+
+
 def _parts(text: str) -> list[str]:
-    return [part for part in _PARTS.split(text) if part.strip()]
+    """What separators outside all brackets part."""
+    depths, parts, start = [0, *_depths(text)], [], 0
+    for separator in _PARTS.finditer(text):
+        if depths[separator.start()] == 0:
+            parts.append(text[start : separator.start()])
+            start = separator.end()
+    return [part for part in (*parts, text[start:]) if part.strip()]
 
 
 def _plain(text: str) -> str:
