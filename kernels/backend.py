@@ -7,12 +7,14 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 Backend = Literal["auto", "reference", "triton", "native"]
 """reference: plain torch everywhere. triton: everywhere, also on a CPU (its interpreter). native: C++ and CUDA where a kernel has them."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _chosen: Backend = "auto"
 
@@ -42,15 +44,40 @@ def chosen(backend: Backend) -> Iterator[None]:
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
-    """Whether Triton kernels compute on this tensor."""
+    """Whether Triton kernels compute on this tensor. Raises: ValueError for a CPU tensor where they would be compiled for a GPU."""
     if _chosen == "auto":
         return tensor.is_cuda and has_triton()
+    if _chosen == "triton" and tensor.device.type == "cpu" and not _interprets():
+        found = f"a tensor of shape {tuple(tensor.shape)} is on cpu, but kernels='triton' computes on a GPU"
+        raise ValueError(f"{found}; move it there, choose kernels='auto', or set TRITON_INTERPRET=1 for tests")
     return _chosen == "triton"
+
+
+def _interprets() -> bool:
+    from triton import knobs
+
+    return knobs.runtime.interpret
 
 
 def runs_native(tensor: torch.Tensor) -> bool:
     """Whether the C++ or CUDA twin is wanted for this tensor, if it was built: on a CPU by default, on a GPU when chosen."""
     return _chosen == "native" or (_chosen == "auto" and not tensor.is_cuda)
+
+
+def has_bulk_copies(tensor: torch.Tensor) -> bool:
+    """Whether Triton's descriptors are copies in bulk there (Hopper and later). Its interpreter, on a CPU, takes that way too."""
+    if tensor.device.type == "cpu":
+        return True
+    from triton.runtime import driver
+
+    target: Any = driver.active.get_current_target()
+    return isinstance(target.arch, int) and target.arch >= 90
+
+
+def check_dtype(name: str, tensor: torch.Tensor) -> None:
+    """Raises: ValueError unless it is of a dtype that every implementation computes in."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be {', '.join(map(str, DTYPES))}")
 
 
 def describe(*, on_gpu: bool) -> str:

@@ -18,6 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tandem.kernels.attention.plan import AttentionPlan
+from tandem.kernels.backend import has_bulk_copies
 
 LOG2_E = 1.4426950408889634
 
@@ -46,7 +47,7 @@ def tiles_of(q_TND: torch.Tensor, value_width: int) -> Tiles:
     width = max(q_TND.shape[2], value_width)
     if q_TND.dtype == torch.float32:
         return Tiles(forward=Tile(32, 32, 4, 1), keys=Tile(32, 32, 4, 1), queries=Tile(32, 32, 4, 1))
-    if q_TND.is_cuda and torch.cuda.get_device_capability(q_TND.device) < (9, 0):
+    if not has_bulk_copies(q_TND):
         return tiles_before_hopper(width)
     queries = Tile(128, 64, 8, 2)
     if width <= 64:
@@ -57,10 +58,12 @@ def tiles_of(q_TND: torch.Tensor, value_width: int) -> Tiles:
 
 
 def tiles_before_hopper(width: int) -> Tiles:
-    """Without bulk copies descriptors become pointers, which take many registers; a width of 192 still spills some for dQ."""
+    """Without bulk copies descriptors become pointers, which take many registers: these are the largest tiles that spill none."""
+    if width <= 32:
+        return Tiles(forward=Tile(64, 32, 4, 2), keys=Tile(32, 64, 8, 2), queries=Tile(64, 32, 8, 2))
     if width <= 128:
         return Tiles(forward=Tile(64, 32, 8, 2), keys=Tile(32, 64, 8, 2), queries=Tile(64, 32, 8, 2))
-    return Tiles(forward=Tile(32, 32, 8, 2), keys=Tile(32, 32, 8, 2), queries=Tile(32, 32, 8, 2))
+    return Tiles(forward=Tile(32, 32, 8, 2), keys=Tile(16, 32, 8, 2), queries=Tile(16, 32, 8, 2))
 
 
 @triton.jit

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tandem.kernels.backend import has_bulk_copies
+
 BAND = 8  # tiles of rows whose programs run side by side, so that they share the matrices' tiles in the L2 cache
 TABLE_TILES = 32  # entries of the table that one program writes
 ALIGNMENT = 16  # bytes of one vector load
@@ -30,12 +32,13 @@ class Tiles:
     num_stages: int
 
 
-def tiles_for(dtype: torch.dtype, rows_per_group: float, num_columns: int, depth: int) -> Tiles:
-    """Of a product over rows. A group of few rows would leave most of a tall tile empty."""
+def tiles_for(x_MK: torch.Tensor, rows_per_group: float, num_columns: int) -> Tiles:
+    """Of a product over rows. A group of few rows would leave most of a tall tile empty; before Hopper a wide one spills registers."""
+    dtype, depth = x_MK.dtype, x_MK.shape[1]
     if dtype == torch.float32 or num_columns % 16 or depth % 16:
         # Where rows do not begin at a multiple of 16, elements are loaded one by one: large tiles would not fit into the registers.
         return Tiles(rows=64, columns=64, depth=32, num_warps=4, num_stages=2)
-    wide = num_columns > 128
+    wide = num_columns > 128 and has_bulk_copies(x_MK)
     if rows_per_group <= 64:
         return Tiles(rows=64, columns=128, depth=64, num_warps=4, num_stages=4)
     return Tiles(rows=128, columns=256 if wide else 128, depth=64, num_warps=8, num_stages=4)
@@ -179,7 +182,7 @@ def _product(x_MK: torch.Tensor, weights_EFH: Sequence[torch.Tensor], offsets_E1
     out_MN = x_MK.new_empty((num_rows, columns))
     if not out_MN.numel():
         return out_MN
-    tiles = tiles_for(x_MK.dtype, num_rows / num_groups, columns, depth)
+    tiles = tiles_for(x_MK, num_rows / num_groups, columns)
     num_tiles = triton.cdiv(num_rows, tiles.rows) + min(num_groups, num_rows)
     tile_group, tile_row = (torch.empty(num_tiles, dtype=torch.int32, device=x_MK.device) for _ in range(2))
     _table_kernel[(triton.cdiv(num_tiles, TABLE_TILES),)](

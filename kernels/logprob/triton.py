@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
-from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tandem.kernels.backend import has_bulk_copies
 from tandem.kernels.logprob import reference
 
 # Tiles of columns that one program goes through before it writes its statistics: 16 bytes a token for 1024 columns.
@@ -49,11 +49,8 @@ def tiles_for(hidden_TH: torch.Tensor, weight_VH: torch.Tensor) -> Tiles:
     """By dtype, alignment and chip."""
     if hidden_TH.dtype == torch.float32:
         return Tiles(rows=64, columns=64, width=32, num_warps=4, num_stages=2, bulk=False, precision="ieee")
-    # The interpreter takes Hopper's way.
-    target: Any = None if hidden_TH.device.type == "cpu" else driver.active.get_current_target()
-    arch = 90 if target is None else target.arch
     aligned = hidden_TH.shape[1] % 8 == 0 and hidden_TH.data_ptr() % 16 == 0 and weight_VH.data_ptr() % 16 == 0
-    if isinstance(arch, int) and arch >= 90 and aligned:
+    if aligned and has_bulk_copies(hidden_TH):
         return Tiles(rows=128, columns=256, width=64, num_warps=8, num_stages=4, bulk=True, precision="tf32")
     return Tiles(rows=128, columns=128, width=32, num_warps=8, num_stages=3, bulk=False, precision="tf32")
 

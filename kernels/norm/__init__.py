@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tandem.kernels.backend import runs_triton
+from tandem.kernels.backend import check_dtype, runs_triton
 from tandem.kernels.norm import reference
 from tandem.kernels.operators import operator
 
@@ -21,8 +21,10 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Te
         x_TH: [..., H] fp32, bf16 or fp16.
         weight_H: [H], floating point.
         eps: positive.
-    Raises: ValueError if the widths or devices differ.
+    Raises: ValueError if the widths or devices differ, or for another dtype.
     """
+    check_dtype("x_TH", x_TH)
+    check_dtype("weight_H", weight_H)
     if weight_H.shape != x_TH.shape[-1:] or weight_H.device != x_TH.device:
         found = f"weight_H is {tuple(weight_H.shape)} on {weight_H.device} and x_TH {tuple(x_TH.shape)} on {x_TH.device}"
         raise ValueError(f"{found}; the weight must be as long as the last axis of x, on the same device")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tandem.kernels.backend import runs_triton
+from tandem.kernels.backend import check_dtype, runs_triton
 from tandem.kernels.permute import reference
 
 __all__ = ["Plan", "chunk_plan", "gather_weights", "permute", "route", "unpermute"]
@@ -103,6 +103,7 @@ def gather_weights(weights_TE: torch.Tensor, plan: Plan) -> torch.Tensor:
 
 
 def _check(name: str, rows: torch.Tensor, num_rows: int, plan: Plan) -> None:
+    check_dtype(name, rows)
     if rows.dim() != 2 or len(rows) != num_rows or rows.device != plan.source_M.device:
         found = f"{tuple(rows.shape)} on {rows.device}"
         raise ValueError(f"{name} is {found}; the plan needs {num_rows} rows on {plan.source_M.device}")

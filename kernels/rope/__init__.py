@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tandem.kernels.backend import runs_triton
+from tandem.kernels.backend import check_dtype, runs_triton
 from tandem.kernels.operators import operator
 from tandem.kernels.rope import reference
 
@@ -21,12 +21,16 @@ def rope(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> t
         x_TND: [T, N, D] fp32, bf16 or fp16; a view with any strides of tokens and heads.
         cos_T1D, sin_T1D: [T, 1, D/2] fp32.
     Returns: [T, N, D] in the dtype of x, contiguous.
-    Raises: ValueError if shapes do not fit.
+    Raises: ValueError if shapes, dtypes or devices do not fit.
     """
+    check_dtype("x_TND", x_TND)
     need = (x_TND.shape[0], 1, x_TND.shape[-1] // 2)
     if x_TND.shape[-1] % 2 or tuple(cos_T1D.shape) != need or tuple(sin_T1D.shape) != need:
         shapes = f"x_TND {tuple(x_TND.shape)}, cos_T1D {tuple(cos_T1D.shape)}, sin_T1D {tuple(sin_T1D.shape)}"
         raise ValueError(f"{shapes} do not fit: need [T, N, D], [T, 1, D/2], [T, 1, D/2] with an even D")
+    for name, angles_T1D in (("cos_T1D", cos_T1D), ("sin_T1D", sin_T1D)):
+        if angles_T1D.dtype != torch.float32 or angles_T1D.device != x_TND.device:
+            raise ValueError(f"{name} is {angles_T1D.dtype} on {angles_T1D.device}; it must be torch.float32 on {x_TND.device}, as x_TND")
     return _rotate(x_TND, cos_T1D, sin_T1D, False)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tandem.kernels.backend import runs_triton
+from tandem.kernels.backend import check_dtype, runs_triton
 from tandem.kernels.operators import operator
 from tandem.kernels.swiglu import reference
 
@@ -17,8 +17,9 @@ __all__ = ["swiglu", "weighted_swiglu"]
 def swiglu(x_T2F: torch.Tensor) -> torch.Tensor:
     """silu(first half) * second half of the last axis (arXiv:2002.05202), in the dtype of x: fp32, bf16 or fp16.
 
-    Raises: ValueError if the last axis is odd.
+    Raises: ValueError if the last axis is odd, or for another dtype.
     """
+    check_dtype("x_T2F", x_T2F)
     if x_T2F.shape[-1] % 2:
         raise ValueError(f"x_T2F is {tuple(x_T2F.shape)}; its last axis must hold gate and up, so it must be even")
     return _forward(x_T2F)
@@ -30,8 +31,9 @@ def weighted_swiglu(x_T2F: torch.Tensor, weights_T: torch.Tensor) -> torch.Tenso
     Args:
         x_T2F: [T, 2F] fp32, bf16 or fp16.
         weights_T: [T] fp32. Both get gradients.
-    Raises: ValueError if the shapes, the weights' dtype or the devices do not fit.
+    Raises: ValueError if the shapes, the dtypes or the devices do not fit.
     """
+    check_dtype("x_T2F", x_T2F)
     if x_T2F.dim() != 2 or x_T2F.shape[-1] % 2:
         raise ValueError(f"x_T2F is {tuple(x_T2F.shape)}; it must be [T, 2F], gate and up of T rows")
     if weights_T.shape != x_T2F.shape[:1] or weights_T.dtype != torch.float32 or weights_T.device != x_T2F.device:

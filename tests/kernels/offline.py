@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+Chip = int | str  # a compute capability of NVIDIA, or an architecture of AMD
 # Bytes of shared memory that a block may have; the compiler does not check it.
-SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448}
+SHARED_MEMORY_LIMIT: dict[Chip, int] = {80: 166_912, 90: 232_448, "gfx942": 65_536}
+# The instruction of the tensor cores that a product of 16-bit numbers must become.
+TENSOR_CORES: dict[Chip, str] = {80: "HMMA", 90: "HGMMA", "gfx942": "v_mfma"}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _OPCODES = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
+_AMD_OPCODES = ("v_mfma", "scratch_load", "scratch_store")
+_PRODUCT_OF_16_BIT = re.compile(r"= tt\.dot .*tensor<\d+x\d+x(?:bf16|f16)>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,16 @@ class Compiled:
     shared_bytes: int
     num_warps: int
     opcodes: dict[str, int]  # counts of those that tell tensor cores, bulk copies and spills
+    num_products: int = 0  # of 16-bit numbers, in the source
+
+    @property
+    def num_spills(self) -> int:
+        """Bytes on the stack, and instructions that write or read registers there."""
+        return self.stack_bytes + sum(map(self.count, ("LDL", "STL", "scratch_load", "scratch_store")))
+
+    def count(self, opcode: str) -> int:
+        """How often the code has an instruction; 0 for one of another maker's chips."""
+        return self.opcodes.get(opcode, 0)
 
 
 class _OfflineDriver:
@@ -49,7 +65,8 @@ class _OfflineDriver:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        """A number of its own for each chip: Triton keeps what it compiled by device."""
+        return zlib.crc32(str(self._target.arch).encode())
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -59,15 +76,17 @@ class _OfflineDriver:
 
 
 @contextlib.contextmanager
-def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
-    """Within the block every launch is compiled for this compute capability instead; the list fills with what came out."""
+def compiling(chip: Chip = 90) -> Iterator[list[Compiled]]:
+    """Within the block every launch is compiled for this chip instead; the list fills with what came out."""
     compiled: list[Compiled] = []
     plain_run: Any = JITFunction.run
-    driver.set_active(_OfflineDriver(GPUTarget("cuda", capability, 32)))  # pyright: ignore[reportArgumentType]
+    target = GPUTarget("cuda", chip, 32) if isinstance(chip, int) else GPUTarget("hip", chip, 64)
+    driver.set_active(_OfflineDriver(target))  # pyright: ignore[reportArgumentType]
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = plain_run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append(_examine(self.__name__, kernel))
+        examine = _examine if isinstance(chip, int) else _examine_amd
+        compiled.append(examine(self.__name__, kernel))
         return kernel
 
     JITFunction.run = run
@@ -94,7 +113,26 @@ def _examine(name: str, kernel: Any) -> Compiled:
         shared_bytes=kernel.metadata.shared,
         num_warps=kernel.metadata.num_warps,
         opcodes={opcode: len(re.findall(rf"\b{opcode}\b", code)) for opcode in _OPCODES},
+        num_products=_num_products(kernel),
     )
+
+
+def _examine_amd(name: str, kernel: Any) -> Compiled:
+    code = kernel.asm["amdgcn"]
+    values = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", code)}
+    return Compiled(
+        name=name,
+        registers=values["vgpr_count"],
+        stack_bytes=values["private_segment_fixed_size"],
+        shared_bytes=kernel.metadata.shared,
+        num_warps=kernel.metadata.num_warps,
+        opcodes={opcode: len(re.findall(rf"\b{opcode}", code)) for opcode in _AMD_OPCODES},
+        num_products=_num_products(kernel),
+    )
+
+
+def _num_products(kernel: Any) -> int:
+    return len(_PRODUCT_OF_16_BIT.findall(kernel.asm["ttir"]))
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.interpreter import DEVICE, HAS_GPU  # isort: skip  (before any kernel)
-from tests.kernels.offline import SHARED_MEMORY_LIMIT, compile_offline  # isort: skip
+from tests.kernels.interpreter import DEVICE  # isort: skip  (before any kernel)
 from tandem.kernels.attention import AttentionPlan, packed_attention, plan_attention, reference, triton_backward
 from tandem.kernels.attention import triton as triton_forward
 from tandem.kernels.attention.tiles import plan_tiles
@@ -354,46 +353,3 @@ def test_a_plan_of_another_device_is_an_error() -> None:
     q, k, v = _inputs()
     with pytest.raises(ValueError, match="the plan on meta"):
         packed_attention(q, k, v, torch.full((8,), 8), plan=plan)
-
-
-# --- the compiler
-
-COMPILE = """
-import torch
-from tests.kernels.offline import compiling
-from tandem.kernels.attention import packed_attention, plan_attention
-from tandem.kernels.backend import chosen
-from tandem.kernels.attention import triton as forward, triton_backward as backward
-if {capability} < 90:
-    forward.tiles_of = backward.tiles_of = lambda *_: forward.tiles_before_hopper({width})
-visible_end = torch.full((1024,), 1024)
-shapes = ((8, {width}), (2, {width}), (2, {value_width}))
-q, k, v = (torch.empty(1024, *shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
-with compiling({capability}) as compiled, chosen("triton"):
-    out = packed_attention(q, k, v, visible_end, plan=plan_attention(visible_end, device=torch.device("meta")))
-    torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
-"""
-
-
-@pytest.mark.skipif(HAS_GPU, reason="the kernels are run instead")
-@pytest.mark.parametrize(
-    ("width", "value_width"), [(128, 128), pytest.param(64, 64, marks=pytest.mark.slow), pytest.param(192, 128, marks=pytest.mark.slow)]
-)
-def test_compiled_for_hopper_nothing_spills_and_matmuls_are_on_tensor_cores(width: int, value_width: int) -> None:
-    found = {kernel.name: kernel for kernel in compile_offline(COMPILE.format(capability=90, width=width, value_width=value_width))}
-    assert set(found) == {"_forward", "_row_sums", "_backward_keys", "_backward_queries"}
-    for kernel in found.values():
-        assert kernel.stack_bytes == 0 == kernel.opcodes["LDL"] == kernel.opcodes["STL"], kernel
-        assert kernel.shared_bytes <= SHARED_MEMORY_LIMIT[90], kernel
-        assert (kernel.opcodes["HGMMA"] > 0) == (kernel.name != "_row_sums"), kernel
-        assert kernel.opcodes["UTMALDG"] > 0, kernel
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(HAS_GPU, reason="the kernels are run instead")
-@pytest.mark.parametrize(("width", "value_width"), [(64, 64), (128, 128)])
-def test_compiled_for_ampere_nothing_spills(width: int, value_width: int) -> None:
-    for kernel in compile_offline(COMPILE.format(capability=80, width=width, value_width=value_width)):
-        assert kernel.stack_bytes == 0 == kernel.opcodes["LDL"] == kernel.opcodes["STL"], kernel
-        assert kernel.shared_bytes <= SHARED_MEMORY_LIMIT[80], kernel
-        assert (kernel.opcodes["HMMA"] > 0) == (kernel.name != "_row_sums"), kernel

@@ -4,6 +4,11 @@ import pytest
 import torch
 
 from tandem.kernels import backend
+from tandem.kernels.attention import packed_attention
+from tandem.kernels.grouped_gemm import grouped_linear
+from tandem.kernels.logprob import linear_logprob
+from tandem.kernels.norm import rms_norm
+from tandem.kernels.swiglu import swiglu
 
 
 def test_a_cpu_runs_the_reference_and_its_twin_and_the_choice_ends_with_its_block() -> None:
@@ -30,3 +35,21 @@ def test_every_choice_is_described() -> None:
             seen |= {backend.describe(on_gpu=False), backend.describe(on_gpu=True)}
     assert {"plain torch", "Triton"} <= seen
     assert all(text for text in seen)
+
+
+def test_a_cpu_tensor_for_a_gpu_kernel_is_an_error_before_any_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_interprets", lambda: False)
+    q, weight = torch.zeros(4, 2, 16), torch.ones(16)
+    calls = {
+        "norm": lambda: rms_norm(q, weight, 1e-6),
+        "swiglu": lambda: swiglu(q),
+        "attention": lambda: packed_attention(q, q, q, torch.full((4,), 4)),
+        "logprob": lambda: linear_logprob(q[:, 0].contiguous(), torch.zeros(5, 16), torch.arange(4)),
+        "experts": lambda: grouped_linear(q[:, 0], [torch.zeros(8, 16)], torch.tensor([0, 4], dtype=torch.int32)),
+    }
+    for call in calls.values():
+        with (
+            backend.chosen("triton"),
+            pytest.raises(ValueError, match=r"a tensor of shape \(4, .* is on cpu, but kernels='triton' computes"),
+        ):
+            call()

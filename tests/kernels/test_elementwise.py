@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 
 from tests.kernels.interpreter import DEVICE  # before any kernel
-from tests.kernels.offline import compile_offline
 
 import torch  # isort: skip
 
 from tandem.kernels import backend
 from tandem.kernels.norm import rms_norm
 from tandem.kernels.rope import interleaved_rope, rope
-from tandem.kernels.swiglu import swiglu
+from tandem.kernels.swiglu import swiglu, weighted_swiglu
 
 BACKENDS: list[Any] = ["reference", "triton"]
 DTYPES = [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)]
@@ -143,29 +142,26 @@ def test_wrong_shapes_are_named() -> None:
         rope(torch.zeros(2, 1, 4), torch.zeros(2, 1, 3), torch.zeros(2, 1, 3))
 
 
-COMPILE = """
-import torch
-from tests.kernels.offline import compiling
-from tandem.kernels.norm import triton as norm
-from tandem.kernels.rope import triton as rope
-from tandem.kernels.swiglu import triton as swiglu
-f = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
-with compiling(90) as compiled:
-    for width in (128, 4096, 16384):
-        x, weight, rstd = f(4096, width), f(width), f(4096, dtype=torch.float32)
-        norm.forward(x, weight, 1e-6)
-        norm.backward(x, x, weight, rstd)
-    swiglu.forward(f(4096, 2 * 12288))
-    swiglu.backward(f(4096, 12288), f(4096, 2 * 12288))
-    angles = f(4096, 1, 64, dtype=torch.float32)
-    rope.rotate(f(4096, 32, 128), angles, angles, back=True)
-"""
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="runs on the real chip instead")
-def test_the_kernels_compile_for_hopper_without_spills() -> None:
-    compiled = compile_offline(COMPILE)
-    assert len(compiled) == 9
-    for kernel in compiled:
-        assert kernel.stack_bytes == 0, kernel
-        assert kernel.registers <= 168, kernel
+@pytest.mark.parametrize("choice", BACKENDS)
+def test_wrong_dtypes_and_devices_are_named_before_any_launch(choice: Any) -> None:
+    x, angles = torch.zeros(2, 1, 4), torch.zeros(2, 1, 2)
+    elsewhere = angles.to("meta")  # stands for the other device where there is one only
+    with backend.chosen(choice):
+        with pytest.raises(ValueError, match=r"x_TH is torch.float64 of shape \(2, 1, 4\); it must be torch.float32, torch.bfloat16"):
+            rms_norm(x.double(), torch.ones(4), EPS)
+        with pytest.raises(ValueError, match=r"weight_H is torch.int64"):
+            rms_norm(x, torch.ones(4, dtype=torch.int64), EPS)
+        with pytest.raises(ValueError, match=r"weight_H is \(4,\) on meta and x_TH \(2, 1, 4\) on cpu"):
+            rms_norm(x, torch.ones(4, device="meta"), EPS)
+        with pytest.raises(ValueError, match=r"x_T2F is torch.int32"):
+            swiglu(x.int())
+        with pytest.raises(ValueError, match=r"x_T2F is torch.float64"):
+            weighted_swiglu(x[:, 0].double(), torch.ones(2))
+        with pytest.raises(ValueError, match=r"weights_T is \(2,\) torch.float64 on cpu; it must be \(2,\) torch.float32"):
+            weighted_swiglu(x[:, 0], torch.ones(2).double())
+        with pytest.raises(ValueError, match=r"x_TND is torch.int64"):
+            rope(x.long(), angles, angles)
+        with pytest.raises(ValueError, match=r"sin_T1D is torch.bfloat16 on cpu; it must be torch.float32 on cpu"):
+            rope(x, angles, angles.bfloat16())
+        with pytest.raises(ValueError, match=r"cos_T1D is torch.float32 on meta; it must be torch.float32 on cpu"):
+            rope(x, elsewhere, angles)

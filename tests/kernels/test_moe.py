@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from tests.kernels.interpreter import DEVICE  # before any kernel
-from tests.kernels.offline import SHARED_MEMORY_LIMIT, compile_offline
 
 import torch  # isort: skip
 
@@ -113,6 +112,10 @@ def test_what_does_not_fit_a_grouped_product_is_named() -> None:
         grouped_linear(x, [weight, weight], offsets_of([2, 3]).cpu())
     with pytest.raises(ValueError, match=r"2 matrices need \[3\] torch.int32"):
         grouped_linear(x, [weight, weight], offsets_of([4]).cpu())
+    with pytest.raises(ValueError, match=r"x_MH is \(4, 3\) torch.float64; it must be"):
+        grouped_linear(x.double(), [weight], offsets_of([4]).cpu())
+    with pytest.raises(ValueError, match=r"torch.float32 on meta; it must be \(2, 3\) torch.float32 on cpu"):
+        grouped_linear(x, [weight.to("meta")], offsets_of([4]).cpu())
     with pytest.raises(ValueError, match="there must be at least one matrix"):
         grouped_linear(x, [], offsets_of([]).cpu())
 
@@ -217,6 +220,10 @@ def test_what_does_not_fit_a_plan_is_named() -> None:
     plan = route(chosen, num_rows=6, max_per_token=3)
     with pytest.raises(ValueError, match=r"x_TH is \(6, 4\) on cpu; the plan needs 2 rows"):
         permute(torch.zeros(6, 4), plan)
+    with pytest.raises(ValueError, match=r"x_TH is torch.int64 of shape \(2, 4\); it must be torch.float32"):
+        permute(torch.zeros(2, 4).long(), plan)
+    with pytest.raises(ValueError, match=r"y_MH is \(6, 4\) on meta; the plan needs 6 rows on cpu"):
+        unpermute(torch.zeros(6, 4, device="meta"), plan)
     with pytest.raises(ValueError, match=r"weights_M is \(2,\) torch.float32 on cpu; it must be \(6,\)"):
         unpermute(torch.zeros(6, 4), plan, torch.zeros(2))
     with pytest.raises(ValueError, match="the plan has 2 tokens and 3 experts"):
@@ -267,49 +274,3 @@ def test_a_layer_of_experts_is_the_sum_over_a_tokens_experts(num_chosen: int, ch
     assert_close(out, wanted, 2e-6)
     for ours, right in zip(found, torch.autograd.grad(wanted.square().sum(), leaves), strict=True):
         assert_close(ours, right, 5e-6)
-
-
-COMPILE = """
-import torch
-from tests.kernels.offline import compiling
-from tandem.kernels.backend import chosen
-from tandem.kernels.grouped_gemm import grouped_linear, triton as gemm
-from tandem.kernels.permute import gather_weights, permute, route, triton as rows, unpermute
-from tandem.kernels.swiglu import weighted_swiglu
-f = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
-i = lambda *shape: f(*shape, dtype=torch.int32)
-T, K, E, H, F = 32768, 8, 128, 2048, 768
-with compiling(90) as compiled:
-    # Qwen3-30B-A3B. Meta tensors have no values: whatever asked for one would fail.
-    x, scores = f(T, H).requires_grad_(), f(T, E, dtype=torch.float32).requires_grad_()
-    first, second = ([f(*shape).requires_grad_() for _ in range(E)] for shape in ((2 * F, H), (H, F)))
-    with chosen("triton"):
-        plan = route(f(T, E, dtype=torch.bool), num_rows=T * K, max_per_token=K)
-        inner = weighted_swiglu(grouped_linear(permute(x, plan), first, plan.offsets_E1), gather_weights(scores, plan))
-        out = unpermute(grouped_linear(inner, second, plan.offsets_E1), plan)
-        torch.autograd.grad(out, [x, scores, *first, *second], f(T, H))
-    rows.unpermute_gradients(f(T, H), f(T * K, H), f(T * K, dtype=torch.float32), i(T * K))
-    gemm.forward(f(4096, H), [f(2 * F, H)] * E, i(E + 1))  # few rows for each expert
-    gemm.grad_rows(f(4096, 2 * F), [f(2 * F, H)] * E, i(E + 1))
-    for width in (F - 16, F - 8):  # a tile is not full at the end; rows begin anywhere
-        gemm.forward(f(T * K, width), [f(H, width)] * E, i(E + 1))
-    gemm.grad_weights(f(T * K, H), f(T * K, 96), i(E + 1))
-    gemm.forward(f(T, H, dtype=torch.float32), [f(2 * F, H, dtype=torch.float32)] * E, i(E + 1))
-    gemm.grad_weights(f(T, F, dtype=torch.float32), f(T, H, dtype=torch.float32), i(E + 1))
-"""
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="runs on the real chip instead")
-def test_the_kernels_compile_for_hopper_without_spills_and_no_value_is_asked_for() -> None:
-    compiled = compile_offline(COMPILE)
-    products = [kernel for kernel in compiled if kernel.name in ("_rows_kernel", "_weights_kernel")]
-    assert len(products) == 6 + 7
-    assert len(compiled) == len(products) + 9 + 8 + 1  # tables of tiles, the layer's others, the weights' gradient in unpermute
-    for kernel in compiled:
-        assert kernel.stack_bytes == 0, kernel
-        assert kernel.opcodes["LDL"] == kernel.opcodes["STL"] == 0, kernel
-        assert kernel.shared_bytes <= SHARED_MEMORY_LIMIT[90], kernel
-    for kernel in products[:11]:  # the others are in fp32
-        assert kernel.opcodes["HGMMA"] > 0, kernel
-    for kernel in products[:8]:
-        assert kernel.opcodes["LDGSTS"] > 16, f"one of its operands is not copied ahead: {kernel}"

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 
 from tests.kernels.interpreter import DEVICE  # before any kernel
-from tests.kernels.offline import SHARED_MEMORY_LIMIT, compile_offline
 
 import torch  # isort: skip
 
@@ -140,27 +139,3 @@ def test_wrong_input_is_named_before_anything_runs() -> None:
         policy_loss(**case, tau=0.1, variant="ppo")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"tau is 0\.0"):
         group_statistics(**groups(1, [3]), baseline="log_mean_exp")
-
-
-COMPILE = """
-import torch
-from tests.kernels.offline import compiling
-from tandem.kernels.policy_loss import triton as kernels
-from tandem.kernels.policy_loss.cuda import VARIANTS
-f = lambda dtype, *shape: torch.empty(*shape, dtype=dtype, device="meta")
-x, r, cu, flag = f(torch.float32, 4096), f(torch.float32, 8), f(torch.int32, 9), f(torch.bool, 4096)
-with compiling(90) as compiled:
-    for variant in VARIANTS:
-        kernels.loss_and_coefficients(x, x, r, cu, flag, x, variant=variant, tau=0.1, clip_low=0.2, clip_high=0.2)
-    options = dict(length_weight=0.1, baseline="log_mean_exp", tau=0.1, normalise_std=True)
-    kernels.group_statistics(x, f(torch.int32, 4096), flag, flag, cu, **options)
-"""
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="runs on the real chip instead")
-def test_the_kernels_compile_for_hopper_without_spills() -> None:
-    compiled = compile_offline(COMPILE)
-    assert len(compiled) == len(VARIANTS) + 1
-    for kernel in compiled:
-        assert kernel.stack_bytes == 0, kernel
-        assert kernel.shared_bytes <= SHARED_MEMORY_LIMIT[90]
