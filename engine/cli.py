@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from tandem.engine.errors import clear_errors
+from tandem.engine.errors import clear_errors, fail
 from tandem.engine.recipes.registry import parse_launch
 from tandem.engine.reward.execution import Limits
 
@@ -132,9 +132,13 @@ def sandbox_serve(
         queue: Requests that may wait; more get 429 with Retry-After.
         limits: The most that a request may ask for.
     """
+    from tandem.engine.reward.bubblewrap import UnavailableError
     from tandem.engine.reward.service import serve
 
-    serve(host, port, num_workers=workers, max_waiting=queue, limits=limits)
+    try:
+        serve(host, port, num_workers=workers, max_waiting=queue, limits=limits)
+    except UnavailableError as error:
+        fail(str(error), status=1)
 
 
 def bench(name: tyro.conf.Positional[str]) -> None:

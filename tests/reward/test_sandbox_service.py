@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tandem.engine import cli
 from tandem.engine.reward.bubblewrap import UnavailableError, check_available
 from tandem.engine.reward.code import grade_code
 from tandem.engine.reward.code_tests import StdioTest
@@ -138,6 +139,14 @@ def test_a_service_that_is_not_there_is_a_sandbox_error() -> None:
         done = sandbox.run("print(1)")
     assert done.status is Status.SANDBOX_ERROR
     assert b"ConnectError" in done.stderr
+
+
+def test_without_bubblewrap_the_command_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sandbox-serve"])
+    assert ended.value.code == 1
+    assert "bwrap is not on the PATH; install bubblewrap" in capsys.readouterr().err
 
 
 def test_sigterm_lets_a_run_end(server: Server) -> None:
