@@ -12,14 +12,13 @@ test) follows from a hash of its text, so no set shares a prompt with another wh
 """
 
 import hashlib
-import json
 import random
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tandem.engine.config import ArithmeticTask
+from tandem.engine.data.jsonl import write_jsonl
 
 Split = Literal["train", "validation", "test"]
 Style = Literal["verbose", "terse", "direct"]
@@ -122,15 +121,6 @@ def write_task(task: ArithmeticTask, folder: str | Path, *, seed: int) -> None:
     write_jsonl(folder / "sft.jsonl", sft_examples(task, task.num_sft_examples, seed))
     write_jsonl(folder / "validation.jsonl", prompts(task, task.num_validation, 0, "validation"))
     write_jsonl(folder / "eval.jsonl", prompts(task, task.num_test, 0, "test"))
-
-
-def write_jsonl(path: str | Path, records: Iterable[Mapping[str, str | int]]) -> None:
-    """Write one JSON object per line. The file appears whole or not at all."""
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(dict(record)) + "\n" for record in records)
-    unfinished.replace(path)
 
 
 def _draw(task: ArithmeticTask, num_operations: int, split: Split, generator: random.Random) -> Problem:

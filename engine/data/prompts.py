@@ -1,5 +1,6 @@
 """Prompts of a JSONL file, checked and tokenised."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -44,16 +45,8 @@ def load_prompts(
     too_long: list[int] = []
     for line, record in read_jsonl(path):
         where = f"{path}:{line}"
-        text = text_field(record, ("question", "problem", "prompt"), where)
-        prompt = Prompt(
-            id=_id_of(record, text, where),
-            text=text,
-            token_ids=tuple(encode_prompt(text, tokenizer, config)),
-            answer=_answer_of(record, where),
-            domain=_domain_of(record, default_domain, domains, where),
-            level=_level_of(record, where),
-            grading=_grading_of(record, where),
-        )
+        prompt = parse_prompt(record, where, default_domain=default_domain, domains=domains)
+        prompt = dataclasses.replace(prompt, token_ids=tuple(encode_prompt(prompt.text, tokenizer, config)))
         if prompt.id in line_of_id:
             raise ValueError(f"{where}: id {prompt.id!r} is already used in line {line_of_id[prompt.id]}; ids (or texts) must differ")
         line_of_id[prompt.id] = line
@@ -71,6 +64,20 @@ def load_prompts(
     if not prompts:
         raise ValueError(f"{path}: all {len(too_long)} prompts are longer than {longest} tokens; raise model.context_length")
     return prompts
+
+
+def parse_prompt(record: dict[str, Any], where: str, *, default_domain: str = "math", domains: Collection[str] | None = None) -> Prompt:
+    """The prompt of one line as `load_prompts` reads it, without its tokens. Raises: ValueError that begins with `where`."""
+    text = text_field(record, ("question", "problem", "prompt"), where)
+    return Prompt(
+        id=_id_of(record, text, where),
+        text=text,
+        token_ids=(),
+        answer=_answer_of(record, where),
+        domain=_domain_of(record, default_domain, domains, where),
+        level=_level_of(record, where),
+        grading=_grading_of(record, where),
+    )
 
 
 def encode_prompt(text: str, tokenizer: HFTokenizer, config: DataConfig) -> list[int]:
