@@ -4,8 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -196,6 +198,29 @@ def test_without_a_gpu_nothing_is_sampled() -> None:
     with Sampler(CPU) as sampler:
         pass
     assert sampler.report() == {}
+
+
+def test_on_a_gpu_clocks_power_and_memory_are_sampled_while_a_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML's answers are made up; the thread, its interval and what is made of the samples are real."""
+    answers = iter([1500, 1200, *[1800] * 1000])
+    made_up: dict[str, Any] = {
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
+        "nvmlSystemGetDriverVersion": lambda: "580.1",
+        "nvmlDeviceGetClockInfo": lambda gpu, kind: next(answers) if kind == instruments.pynvml.NVML_CLOCK_SM else 3201,
+        "nvmlDeviceGetPowerUsage": lambda gpu: 650_000,
+        "nvmlDeviceGetTemperature": lambda gpu, kind: 61,
+        "nvmlDeviceGetMemoryInfo": lambda gpu: SimpleNamespace(used=7 << 30),
+    }
+    for name, answer in made_up.items():
+        monkeypatch.setattr(instruments.pynvml, name, answer)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
+    with Sampler(torch.device("cuda")) as sampler:
+        time.sleep(0.3)
+    report = sampler.report()
+    assert report["driver"] == "580.1"
+    assert report["sm_mhz_min"] == 1200
+    assert (report["power_w"], report["temperature_c"], report["memory_used_bytes"]) == (650.0, 61.0, 7 << 30)
 
 
 SCRIPT = '''"""Prints its options.

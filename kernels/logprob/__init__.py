@@ -186,7 +186,8 @@ def _name_of(tp_group: dist.ProcessGroup | None) -> str | None:
 
 
 def _group_of(name: str | None) -> dist.ProcessGroup | None:
-    return None if name is None else dist.distributed_c10d._resolve_process_group(name)
+    resolve: Any = dist.distributed_c10d
+    return None if name is None else resolve._resolve_process_group(name)
 
 
 def _implementation(hidden_TH: torch.Tensor) -> Any:
