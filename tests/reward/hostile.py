@@ -107,9 +107,9 @@ ATTACKS = [
     ),
     refused(
         "the tests and the reference answer",
-        "open('/tmp/tandem-secret').read()\nos.listdir('/work')\nos.listdir('/home')\n"
+        "open(path).read()\nos.listdir(os.path.dirname(path))\nos.listdir('/home')\n"
         "os.listdir('/var')\nopen('/etc/passwd')\nos.listdir('/sys')",
-        "import os, gc, sys\n"
+        "import os, gc, sys\npath = '/' + sys.stdin.read().lstrip('/')\n"
         f"words = {SECRET.split()!r}\n"
         "for thing in gc.get_objects():\n    if isinstance(thing, (str, bytes)) and str(thing) == ' '.join(words): print('BROKEN')",
     ),

@@ -31,15 +31,16 @@ def sandbox() -> Iterator[Sandbox]:
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
-def test_an_attack_fails_and_leaves_nothing(sandbox: Sandbox, attack: Attack) -> None:
+def test_an_attack_fails_and_leaves_nothing(sandbox: Sandbox, attack: Attack, tmp_path: Path) -> None:
+    expected = tmp_path / "expected"
+    expected.write_text(SECRET)
     sandbox.run("pass")
     before = Traces.now()
-    secret = Path("/tmp/tandem-secret")  # what the graders know
-    done = sandbox.run(attack.source, stdin="input")
+    done = sandbox.run(attack.source, stdin=str(expected))
     assert done.status in attack.ends, done
     assert b"BROKEN" not in done.stdout, done.stdout.decode()
     assert SECRET.encode() not in done.stdout + done.stderr
-    assert not secret.exists()
+    assert expected.read_text() == SECRET
     after = settled(before)
     # a worker whose run filled its memory may have been replaced: the same number of processes, of other ids
     assert len(after.processes) == len(before.processes)
