@@ -215,6 +215,18 @@ class RewardConfig:
     """Once generation has ended and no verdict came for this long, what is still awaited counts as not graded; in seconds."""
     sandbox_url: str | None = None
     """Programs run on this `tandem sandbox-serve`, such as http://sandbox-1:8600. None: in a sandbox of each leader's own."""
+    judge_url: str | None = None
+    """OpenAI-compatible endpoint of a judge model, up to /v1, for domain judge and for long answers of k12. None: there is none."""
+    judge_model: str | None = None
+    """The judge model's name there. None: the first that the endpoint lists."""
+    judge_key_file: str | None = None
+    """File that holds the endpoint's API key. None: it asks for none."""
+    judge_timeout_s: float = 300.0
+    """A verdict that the judge model has not given by then, retries included, is not graded; in seconds, from its first request."""
+    judge_max_tokens: int = 2048
+    """Longest reply of the judge model, its reasoning included; one that is cut is asked for again."""
+    judge_concurrency: int = 32
+    """Responses that each leader has judged at a time."""
     alarm_jump: float = 0.3
     """Change of a domain's rate of zero scores, from its running mean over iterations, that raises an alarm."""
     alarm_not_graded: float = 0.05
@@ -228,7 +240,12 @@ class RewardConfig:
         check(self.format_penalty == 0 or bool(self.format_markers), "reward.format_markers", self.format_markers, rule)
         check("" not in self.format_markers, "reward.format_markers", self.format_markers, "none may be empty")
         check(self.max_retries >= 0, "reward.max_retries", self.max_retries, "it must not be negative")
-        check(self.timeout_s > 0, "reward.timeout_s", self.timeout_s, "it must be positive")
+        for name in ("timeout_s", "judge_timeout_s"):
+            check(getattr(self, name) > 0, f"reward.{name}", getattr(self, name), "it must be positive")
+        for name in ("judge_max_tokens", "judge_concurrency"):
+            check(getattr(self, name) >= 1, f"reward.{name}", getattr(self, name), "it must be at least 1")
+        is_url = self.judge_url is None or self.judge_url.startswith(("http://", "https://"))
+        check(is_url, "reward.judge_url", self.judge_url, "it must begin with http:// or https://")
         for name in ("alarm_jump", "alarm_not_graded"):
             check(0 < getattr(self, name) <= 1, f"reward.{name}", getattr(self, name), "it must lie in (0, 1]; 1 is never reached")
         check(self.max_response_chars >= 1, "reward.max_response_chars", self.max_response_chars, "it must be at least 1")

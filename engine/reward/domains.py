@@ -7,10 +7,11 @@ from tandem.engine.reward.arithmetic import grade_arithmetic
 from tandem.engine.reward.code_grader import CodeGrader
 from tandem.engine.reward.k12 import K12Grader
 from tandem.engine.reward.math import submit_math
+from tandem.engine.reward.reward_model import ModelJudge
 from tandem.engine.types import Grader, Prompt, Verdict
 
 # Those that have a grader; `load_prompts` refuses any other.
-DOMAINS = ("arithmetic", "math", "k12", "code")
+DOMAINS = ("arithmetic", "math", "k12", "code", "judge")
 
 
 def open_grader(domain: str, config: RewardConfig, *, num_workers: int) -> Grader:
@@ -18,16 +19,19 @@ def open_grader(domain: str, config: RewardConfig, *, num_workers: int) -> Grade
 
     Args:
         num_workers: programs that run at a time, where the grader runs any.
-    Raises: ValueError for a domain without one, UnavailableError where this machine cannot run a sandbox.
+    Raises: ValueError for a domain without one and a judge model that does not answer, UnavailableError where this machine cannot run a
+        sandbox.
     """
     if domain == "arithmetic":
         return ArithmeticGrader()
     if domain == "math":
         return MathGrader()
     if domain == "k12":
-        return K12Grader()
+        return K12Grader(ModelJudge.open(config) if config.judge_url is not None else None)
     if domain == "code":
         return CodeGrader.open(config.sandbox_url, num_workers=num_workers)
+    if domain == "judge":
+        return ModelJudge.open(config)
     raise ValueError(f"domain {domain!r} has no grader; there are graders for {', '.join(DOMAINS)}")
 
 

@@ -64,8 +64,8 @@ class K12Grader:
             return
         if self._judge is None:
             raise ValueError(
-                f"its answer {prompt.answer!r:.60} is for a model judge (type judge), and there is none; set reward.judge_url, or give grading.type, one of "
-                f"{', '.join(KINDS)}, or a shorter answer"
+                f"its answer {prompt.answer!r:.60} is for a model judge (type judge), and there is none; set "
+                f"reward.judge_url, or give grading.type, one of {', '.join(KINDS)}, or a shorter answer"
             )
         self._judge.check(prompt)
 

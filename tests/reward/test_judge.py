@@ -118,7 +118,7 @@ def test_a_cut_arithmetic_response_is_wrong_and_a_cut_math_response_needs_its_an
         assert verdicts(group_of("#### 18", "it is 18", domain="math", stop=stop)) == [(True, True), (False, True)]
 
 
-@pytest.mark.parametrize("domain", [domain for domain in DOMAINS if domain != "code"])
+@pytest.mark.parametrize("domain", [domain for domain in DOMAINS if domain not in ("code", "judge")])
 def test_an_empty_response_is_wrong(domain: str) -> None:
     group = group_of("", domain=domain)
     empty = dataclasses.replace(group, responses=(Response(sample=0, stop=StopState.FINISHED),))
