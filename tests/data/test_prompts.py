@@ -36,6 +36,15 @@ def test_of_a_worked_solution_the_final_answer_is_kept(tmp_path: Path) -> None:
     assert prompt.answer == "1,018"
 
 
+def test_what_a_grader_needs_travels_as_json_and_may_stand_for_the_answer(tmp_path: Path) -> None:
+    tests = {"tests": [{"stdin": "1", "expected": "é"}]}
+    code, plain = load(tmp_path, {"question": "q", "domain": "code", "grading": tests}, GOOD)
+    assert (code.answer, json.loads(code.grading)) == ("", tests)
+    assert plain.grading == ""
+    (both,) = load(tmp_path, {**GOOD, "grading": {"type": "exact"}})
+    assert (both.answer, both.grading) == ("2", '{"type": "exact"}')
+
+
 def test_the_default_id_depends_on_the_text_only(tmp_path: Path) -> None:
     one = load(tmp_path, GOOD, {"question": "other", "answer": "x"})
     two = load(tmp_path, {"question": "other", "answer": "x"}, {**GOOD, "level": 2})
@@ -54,6 +63,7 @@ def test_blank_lines_are_passed_over_but_counted(tmp_path: Path) -> None:
         ('["q", "a"]', "found a JSON list"),
         ({"answer": "2"}, "found answer; it needs a field question or problem or prompt"),
         ({}, "found no fields"),
+        ({**GOOD, "grading": "exact"}, "field 'grading' is 'exact'; it must be a JSON object"),
         ({"question": "q"}, "found question; it needs a field answer"),
         ({"question": "  ", "answer": "2"}, "'question' is empty"),
         ({"question": 3, "answer": "2"}, "'question' is 3; it must be a string"),

@@ -1,6 +1,7 @@
 """What the tests of the worker pool have done in workers: good and bad calls."""
 
 import os
+import random
 import signal
 import time
 from typing import Any
@@ -69,3 +70,9 @@ def crash_or_answer(text: str, answer: str) -> bool:
     if "hang" in text:
         time.sleep(600)
     return is_answer(text, answer)
+
+
+def is_arithmetic_answer(text: str, answer: str) -> bool:
+    """As `grade_arithmetic`, after up to 20 ms that nobody can foresee."""
+    time.sleep(random.SystemRandom().random() ** 4 / 50)
+    return text[max(0, text.rfind("A:")) :] == f"A:{answer}."

@@ -24,6 +24,10 @@ class WorkerGrader:
             raise ValueError("it has no answer")
 
     def grade(self, text: str, prompt: Prompt, *, is_complete: bool) -> Future[Verdict]:
+        return self.when_done(self.pool.submit(self._call, text, prompt.answer), is_complete=is_complete)
+
+    def when_done(self, call: Future[bool], *, is_complete: bool) -> Future[Verdict]:
+        """The verdict of a call's result, ungraded when it comes to none."""
         graded: Future[Verdict] = Future()
 
         def settle(done: Future[bool]) -> None:
@@ -33,7 +37,7 @@ class WorkerGrader:
             else:
                 graded.set_result(Verdict(correct=False, reason=str(error), graded=False))
 
-        self.pool.submit(self._call, text, prompt.answer).add_done_callback(settle)
+        call.add_done_callback(settle)
         return graded
 
     def close(self) -> None:
