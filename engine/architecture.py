@@ -24,6 +24,8 @@ TRANSFORMERS_TYPE = {
     "deepseek_v3": "deepseek_v3",
     "kimi_k2": "deepseek_v3",
 }
+# How the name of a reward model's class in config.json's `architectures` ends.
+SCORE_HEAD = "ForSequenceClassification"
 # Fields of config.json without which a model is not known; transformers' defaults for them are those of one published size.
 NEEDED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -121,6 +123,7 @@ class Architecture:
     sparse_layers: tuple[bool, ...]  # True where a layer is a mixture of experts
     latent: LatentAttention | None = None
     experts: Experts | None = None  # None: no layer is sparse
+    has_score_head: bool = False  # a reward model: one number per sequence in place of next-token logits
 
     @property
     def num_experts(self) -> int:
@@ -151,6 +154,9 @@ class Architecture:
         where = "head_dim" if latent is None else "qk_rope_head_dim"
         check(rotated % 2 == 0, where, rotated, "it must be even: the rotary embedding turns pairs")
         sparse = _sparse_layers(family, config)
+        has_score_head = any(name.endswith(SCORE_HEAD) for name in hf_config.get("architectures") or ())
+        rule = "a reward model gives one score"
+        check(not has_score_head or config.num_labels == 1, "num_labels", config.num_labels, rule)
         return cls(
             model_type=hf_config["model_type"],
             vocab_size=config.vocab_size,
@@ -162,7 +168,7 @@ class Architecture:
             intermediate_size=config.intermediate_size,
             max_position_embeddings=config.max_position_embeddings,
             rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=bool(config.tie_word_embeddings),
+            tie_word_embeddings=bool(config.tie_word_embeddings) and not has_score_head,  # there is nothing to tie the embedding to
             qkv_bias=family == "qwen2",
             qk_norm=family in ("qwen3", "qwen3_moe"),
             rope=_rope(config, rotated, interleaved=family == "deepseek_v3" and bool(config.rope_interleave)),
@@ -170,6 +176,7 @@ class Architecture:
             sparse_layers=sparse,
             latent=latent,
             experts=_experts(family, config) if any(sparse) else None,
+            has_score_head=has_score_head,
         )
 
 

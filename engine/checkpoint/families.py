@@ -43,6 +43,7 @@ def sizes_of(architecture: Architecture) -> dict[str, int]:
         "layers": a.num_layers,
         "vocab": a.vocab_size,
         "hidden": a.hidden_size,
+        "scores": int(a.has_score_head),
         "groups": a.num_kv_heads,
         "head": a.head_dim,
         "query": a.num_heads * a.head_dim,
@@ -71,10 +72,12 @@ _ATTENTION_M, _ATTENTION_HF = f"{_M}self_attention.", f"{_HF}self_attn."
 def rows_of(architecture: Architecture) -> tuple[Row, ...]:
     """The rows of one model."""
     output = _EMBEDDING if architecture.tie_word_embeddings else ("lm_head.weight", ("vocab", "hidden"))
+    output_row = Row("output_layer.weight", "vocabulary", (output,), "model")  # tied: with pp > 1 the last stage holds a copy
+    if architecture.has_score_head:
+        output_row = Row("output_layer.weight", "whole", (("score.weight", ("scores", "hidden")),), "model")
     rows = (
         Row("embedding.word_embeddings.weight", "vocabulary", (_EMBEDDING,), "model"),
-        # tied: with pp > 1 the last stage holds a copy of the embedding
-        Row("output_layer.weight", "vocabulary", (output,), "model"),
+        output_row,
         Row("decoder.final_layernorm.weight", "whole", (("model.norm.weight", ("hidden",)),), "model"),
         Row(f"{_M}input_layernorm.weight", "whole", ((f"{_HF}input_layernorm.weight", ("hidden",)),), "layer"),
     )

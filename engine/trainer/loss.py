@@ -3,20 +3,22 @@
 Every rank of the last pipeline stage sees the whole microbatch (log-probs are gathered over context parallelism), and the caller hands
 in the normaliser of the global batch, so that the gradient does not depend on how the batch is split.
 
-Shapes: T tokens, R responses.
+Shapes: T tokens, R responses, P pairs of them.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from tandem.engine.algo.pack import Microbatch
+from tandem.engine.algo.pack import FILLER_ROW_ID, Microbatch
 from tandem.engine.config import LossConfig
 from tandem.kernels.policy_loss import policy_loss
 
 # Places in the vector of sums that goes with each microbatch; those after MISMATCH_MAX are maxima.
 LOSS, TOKENS, ENTROPY, KL, ON_POLICY, MISMATCH, MISMATCH_MAX = range(7)
 NUM_SUMS = 7
+# Places of a preference loss: pairs, those whose chosen response scores higher, and by how much.
+PAIRS, RIGHT, LEAD = range(1, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,19 @@ class Policy:
     reference_T: torch.Tensor | None
 
 
-Objective = Supervised | Policy
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """Bradley-Terry loss of a reward model's scores, -log sigmoid(chosen - rejected - margin): summed over pairs, over the normaliser.
+
+    The rows of a microbatch are whole pairs: by rising row id the chosen and the rejected response of the first, then of the next.
+    `margins_P`: fp32, by how much the chosen response's score is to be ahead.
+    """
+
+    normaliser: float
+    margins_P: torch.Tensor
+
+
+Objective = Supervised | Policy | Preference
 
 
 def microbatch_loss(
@@ -48,6 +62,8 @@ def microbatch_loss(
     """(loss, sums): a scalar to differentiate, and [NUM_SUMS] fp64 without a gradient. Both add up over microbatches and ranks."""
     mask_T = microbatch.loss_mask_T
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=logprobs_T.device)
+    if isinstance(objective, Preference):
+        return _preference_loss(objective, scores_of(microbatch, logprobs_T), sums)
     with torch.no_grad():
         sums[TOKENS], sums[ENTROPY] = mask_T.sum(), entropy_T.sum()
     if isinstance(objective, Supervised):
@@ -86,3 +102,19 @@ def microbatch_loss(
         sums[KL] = (log_ratio_T.expm1() - log_ratio_T).sum()
         sums[ON_POLICY], sums[MISMATCH], sums[MISMATCH_MAX] = on_policy_T.sum(), mismatch_T.sum(), mismatch_T.amax()
     return (total * config.scale).float(), sums
+
+
+def scores_of(microbatch: Microbatch, values_T: torch.Tensor) -> torch.Tensor:
+    """A reward model's scores of the responses, by rising row id: [R]. Those of `algo.preference.scored_row` have theirs at the end."""
+    ends_R, row_ids_R = microbatch.cu_seqlens[1:].long(), microbatch.row_ids_R
+    by_row_id = row_ids_R.argsort()
+    return values_T[ends_R[by_row_id[row_ids_R[by_row_id] != FILLER_ROW_ID]] - 1]
+
+
+def _preference_loss(objective: Preference, scores_R: torch.Tensor, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen_P, rejected_P = scores_R.double().view(-1, 2).unbind(1)
+    lead_P = chosen_P - rejected_P
+    total = -torch.nn.functional.logsigmoid(lead_P - objective.margins_P.to(lead_P)).sum() / objective.normaliser
+    with torch.no_grad():
+        sums[LOSS], sums[PAIRS], sums[RIGHT], sums[LEAD] = total, len(lead_P), (lead_P > 0).sum(), lead_P.sum()
+    return total.float(), sums

@@ -168,7 +168,7 @@ class MegatronTrainer:
         for step, (microbatches, normaliser) in enumerate(zip(updates, normalisers, strict=True)):
             references = [None] * len(microbatches) if reference_logprobs is None else [x.to(device) for x in reference_logprobs[step]]
             objectives = [losses.Policy(config=self.loss, normaliser=normaliser, reference_T=reference) for reference in references]
-            stepped = self._step(microbatches, objectives, f"update {step}")
+            stepped = self.step(microbatches, objectives, f"update {step}")
             if stepped is not None:
                 all_sums.append(stepped[0])
                 grad_norms.append(stepped[1])
@@ -198,7 +198,7 @@ class MegatronTrainer:
             loss and grad_norm are NaN.
         """
         objective = losses.Supervised(normaliser=float(num_target_tokens))
-        stepped = self._step(microbatches, [objective] * len(microbatches), "supervised step")
+        stepped = self.step(microbatches, [objective] * len(microbatches), "supervised step")
         if stepped is None:
             return {"loss": math.nan, "grad_norm": math.nan, "learning_rate": self._lr, "tokens": 0.0}
         sums, grad_norm = stepped
@@ -210,7 +210,7 @@ class MegatronTrainer:
             "tokens": sums[losses.TOKENS].item(),
         }
 
-    def _step(
+    def step(
         self, microbatches: Sequence[Microbatch], objectives: Sequence[losses.Objective], what: str
     ) -> tuple[torch.Tensor, float] | None:
         """Gradient and optimizer step; (sums over all ranks, gradient norm before clipping), or None for a step that was skipped."""

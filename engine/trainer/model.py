@@ -5,7 +5,7 @@ Shapes: L tokens of this rank, O positions of this rank (L, but for shared promp
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from tandem.engine.architecture import Architecture
 from tandem.engine.trainer.batch import LocalBatch
 from tandem.engine.trainer.layers import layer_specs
 from tandem.engine.trainer.mesh import Mesh
-from tandem.engine.trainer.modules import Norm
+from tandem.engine.trainer.modules import Norm, ScoreHead
 from tandem.engine.types import WeightShard
 from tandem.kernels.logprob import linear_logprob
 from tandem.kernels.permute import permute
@@ -30,11 +30,16 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class PolicyModel(GPTModel):
-    """One pipeline chunk. The last one returns [2, O] fp32: log-prob of the target and entropy where it is trained, else 0."""
+    """One pipeline chunk. The last one returns [2, O] fp32: log-prob of the target and entropy where it is trained, else 0.
 
-    def __init__(self, temperature: float, **kwargs: Any) -> None:
+    With a score head, a reward model's: the score of the token in place of the log-prob, and 0.
+    """
+
+    def __init__(self, temperature: float, *, has_score_head: bool, **kwargs: Any) -> None:
         super().__init__(position_embedding_type="none", **kwargs)
-        self.temperature = temperature
+        self.temperature, self.has_score_head = temperature, has_score_head
+        if has_score_head and self.post_process:
+            self.output_layer = ScoreHead(self.config)  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, batch: LocalBatch) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         # `_preprocess` sees a position embedding of type "none": core attention rotates by position.
@@ -44,16 +49,23 @@ class PolicyModel(GPTModel):
         if not self.post_process:
             return hidden_states
         batch = packed_seq_params
-        tied = self.share_embeddings_and_output_weights
-        weight_VH: Any = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         if self.config.sequence_parallel:
-            # linear_logprob returns a whole gradient on every rank, so each takes its own tokens' part of it.
+            # What follows returns a whole gradient on every rank, so each takes its own tokens' part of it.
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         hidden_LH = hidden_states[:, 0]
         hidden_MH = permute(hidden_LH, batch.copies) if batch.copies is not None else hidden_LH.index_select(0, batch.source_M)
-        tp_group: Any = parallel_state.get_tensor_model_parallel_group()
-        stats_2M = torch.stack(linear_logprob(hidden_MH, weight_VH, batch.targets_M, temperature=self.temperature, tp_group=tp_group))
+        stats_2M = torch.stack(self._scores(hidden_MH) if self.has_score_head else self._logprobs(hidden_MH, batch.targets_M))
         return stats_2M.new_zeros((2, batch.num_outputs)).index_copy(1, batch.output_M, stats_2M)
+
+    def _logprobs(self, hidden_MH: torch.Tensor, targets_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tied = self.share_embeddings_and_output_weights
+        weight_VH: Any = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        tp_group: Any = parallel_state.get_tensor_model_parallel_group()
+        return linear_logprob(hidden_MH, weight_VH, targets_M, temperature=self.temperature, tp_group=tp_group)
+
+    def _scores(self, hidden_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores_M: torch.Tensor = self.output_layer(hidden_MH)
+        return scores_M, torch.zeros_like(scores_M)
 
 
 def build_chunks(config: TransformerConfig, architecture: Architecture, mesh: Mesh, temperature: float) -> list[PolicyModel]:
@@ -69,6 +81,7 @@ def build_chunks(config: TransformerConfig, architecture: Architecture, mesh: Me
         chunks.append(
             PolicyModel(
                 temperature,
+                has_score_head=architecture.has_score_head,
                 config=config,
                 transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs[first : first + count], layer_norm=norm),
                 vocab_size=architecture.vocab_size,
@@ -122,14 +135,19 @@ def weight_shards(chunks: list[PolicyModel], mesh: Mesh) -> list[WeightShard]:
 
 
 @torch.no_grad()
-def initialise(chunks: list[PolicyModel], mesh: Mesh, seed: int) -> None:
+def initialise(chunks: list[PolicyModel], mesh: Mesh, seed: int, *, only: Collection[str] | None = None) -> None:
     """Draw every weight from a hash of (seed, name), so that it does not depend on the layout of the ranks.
 
     Normal: embedding 0.02; a matrix 1 / sqrt(its inputs), and those that write into the residual stream also divided by
     sqrt(2 * layers). Norms are 1, biases 0.
+
+    Args:
+        only: these weights, by name; None: all.
     """
     for chunk in chunks:
         for name, parameter in named_weights(chunk, mesh):
+            if only is not None and name not in only:
+                continue
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue

@@ -38,6 +38,20 @@ class WholeLinear(torch.nn.Module):
         return torch.nn.functional.linear(x, self.weight)
 
 
+class ScoreHead(torch.nn.Module):
+    """The output layer of a reward model: one number per token, in fp32. Every tensor-parallel rank holds it whole.
+
+    It sees all tokens on each of them, so its gradient is whole everywhere and carries no mark for Megatron to sum.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+
+    def forward(self, hidden_MH: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden_MH.float(), self.weight.float())[:, 0]
+
+
 class SwiGLU(MegatronModule):
     """silu(gate) * up, where [gate, up] is the input's last axis."""
 
