@@ -53,7 +53,8 @@ class Generation:
         self.num_tokens = self.num_reused = 0
         rest_s = SAFETY * (time.monotonic() - self._ended_s + save_s)
         self.reserve_s = math.inf if math.isnan(rest_s) else rest_s
-        self.replace_dead_engine("between two phases")
+        if not self.replace_dead_engine("between two phases"):
+            self._wait_for_engine()
 
     def replace_dead_engine(self, when: str) -> bool:
         """Replace this leader's engine if it died, outside of a generation. Returns whether it had."""
@@ -145,6 +146,15 @@ class Generation:
         self._run.log.event("engine died", rank=self._run.rank, error=str(error))
         print(f"rank {self._run.rank}: {error}\nIt is replaced, and what it was generating is generated again.", flush=True)
         self._engine.restart()
+        self._wait_for_engine()
+
+    def _wait_for_engine(self) -> None:
+        """No swap waits for an engine to start: its deadlines are for moving weights."""
+        if self._engine is not None:
+            try:
+                self._engine.wait_until_ready()
+            except EngineDiedError as error:
+                self._replace_engine(error)
 
     def _cut(self) -> None:
         """From the watchdog's thread: end what is running, for the grace period allows no more."""

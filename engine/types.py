@@ -205,6 +205,10 @@ class RolloutEngine(Protocol):
         """Whether the engine's process runs."""
         ...
 
+    def wait_until_ready(self) -> None:
+        """Return once the engine takes commands; starting one takes a while. Raises: EngineDiedError if it never does."""
+        ...
+
     def restart(self) -> None:
         """Replace an engine that died by one without weights (policy_version -1)."""
         ...

@@ -239,6 +239,9 @@ class EmbeddedEngine:
         self._command("rollback")
         self._answers.clear()  # of loads that nobody waited for
 
+    def wait_until_ready(self) -> None:
+        """See `RolloutEngine.wait_until_ready`. The child takes commands from the first moment."""
+
     def restart(self) -> None:
         """Replace the child, dead or alive, by one without weights (policy_version -1)."""
         self.close()

@@ -201,6 +201,10 @@ class SGLangEngine:
         """See `WeightSink.rollback`."""
         self._command("rollback", self._weights.rollback())
 
+    def wait_until_ready(self) -> None:
+        """See `RolloutEngine.wait_until_ready`."""
+        self.server.wait_until_healthy()
+
     def restart(self) -> None:
         """Replace the server, dead or alive, by one without weights (policy_version -1)."""
         self.disconnect()

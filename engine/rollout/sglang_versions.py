@@ -41,9 +41,7 @@ def find_python(configured: str | None) -> Path:
     if configured is not None:
         path = Path(configured).absolute()
         if not path.exists():
-            raise FileNotFoundError(
-                f"rollout.sglang.python is {configured}, and there is no such file; None takes {_ENVIRONMENT}/bin/python"
-            )
+            raise FileNotFoundError(f"rollout.sglang.python is {configured}, which does not exist; None takes {_ENVIRONMENT}/bin/python")
         return path
     here, repository = Path.cwd(), Path(__file__).parents[2]
     candidates = [folder / _ENVIRONMENT / "bin" / "python" for folder in dict.fromkeys((here, repository))]

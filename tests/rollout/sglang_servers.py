@@ -1,5 +1,6 @@
 """Real SGLang servers for tests. Starting one takes 15 s or more, so the tests of one model share it."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,15 @@ def sglang_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers
     servers = Servers(tmp_path_factory.mktemp("sglang"))
     yield servers
     servers.close()
+
+
+def server_processes() -> set[int]:
+    """Process ids of guards and of SGLang's processes, without zombies."""
+    found = set[int]()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if b"sglang" in (entry / "cmdline").read_bytes().split(b"pytest")[0] and state != "Z":
+                    found.add(int(entry.name))
+    return found

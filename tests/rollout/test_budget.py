@@ -47,6 +47,9 @@ class CountingEngine:
     def is_alive(self) -> bool:
         return True
 
+    def wait_until_ready(self) -> None:
+        pass
+
     def restart(self) -> None:
         raise AssertionError("nothing dies here")
 

@@ -72,7 +72,8 @@ def start_sglang(
     **rollout: Any,
 ) -> SGLangEngine:
     model = default if model is None else model
-    config = RolloutConfig(repetition=repetition, sglang=SGLANG, **{"max_batch": MAX_RUNNING} | rollout)
+    options: dict[str, Any] = {"max_batch": MAX_RUNNING} | rollout
+    config = RolloutConfig(repetition=repetition, sglang=SGLANG, **options)
     engine = servers.engine(model, config, dtype=dtype, stop_token_ids=stop_token_ids)
     serve(engine, model, policy_version=7)
     return engine
@@ -86,7 +87,7 @@ def ask(name: str, token_ids: tuple[int, ...], max_new_tokens: int, seed: int = 
 
 def model_of(kind: str, **fields: Any) -> PreTrainedModel:
     """SGLang's Qwen3-MoE has experts in every layer, whatever `mlp_only_layers` says."""
-    return tiny_model(kind, **fields | ({"mlp_only_layers": []} if kind == "qwen3_moe" else {}))
+    return tiny_model(kind, mlp_only_layers=[], **fields) if kind == "qwen3_moe" else tiny_model(kind, **fields)
 
 
 def tokens_of(completions: list[Completion]) -> dict[str, tuple[int, ...]]:
@@ -132,6 +133,7 @@ def test_logprobs_of_sampled_tokens_are_those_of_transformers(start: Start, kind
         assert (torch.tensor(completion.logprobs) - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("start", ["embedded", pytest.param("sglang", marks=(*MARKS, pytest.mark.slow))], indirect=True)
 def test_bfloat16_logprobs_are_near_those_of_float32(start: Start) -> None:
     model = tiny_model(dtype=torch.bfloat16, peaked=False)
     requests = mixed_requests(20)

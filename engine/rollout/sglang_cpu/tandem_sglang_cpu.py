@@ -19,6 +19,7 @@ def load() -> None:
     torch.cuda.synchronize = nothing
     # --enable-deterministic-inference is what makes SGLang heed a request's seed; the rest of it is about Triton kernels.
     choices.add_deterministic_attention_backend_choices(["torch_native"])
+    choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])  # and the prefix cache, which it would turn off
     ModelRunner.maybe_enable_batch_invariant_mode = nothing
 
 

@@ -1,0 +1,383 @@
+"""SGLang as an engine: its process, its versions, its cache, and faults at every step of a swap. A real server where one is needed."""
+
+import dataclasses
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tandem.engine.architecture import Architecture
+from tandem.engine.config import RepetitionConfig, RolloutConfig, SGLangConfig
+from tandem.engine.rollout.sglang import SGLangEngine
+from tandem.engine.rollout.sglang_client import SGLangClient
+from tandem.engine.rollout.sglang_cpu.sgl_kernel import murmur_hash32
+from tandem.engine.rollout.sglang_guard import SHARED_MEMORY
+from tandem.engine.rollout.sglang_receiver import Receiver
+from tandem.engine.rollout.sglang_server import SGLangServer
+from tandem.engine.rollout.sglang_versions import SGLangVersion, find_python, version_of
+from tandem.engine.types import Completion, EngineDiedError, GenerationRequest, StopState, WeightTransferError
+from tests.rollout.models import VOCAB_SIZE, buckets, disk_tensors, metas, reference_logprobs, send, serve, tiny_model
+from tests.rollout.sglang_servers import MARKS, SGLANG, Servers, need_sglang, server_processes, setup_of
+
+PROMPT = tuple(range(3, 43))
+CONFIG = RolloutConfig(max_batch=8, repetition=RepetitionConfig(max_period=0, ngram=0), sglang=SGLANG)
+
+
+def marked(test: Any) -> Any:
+    for mark in MARKS:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture(scope="module")
+def models() -> list[PreTrainedModel]:
+    return [tiny_model(seed=seed) for seed in range(3)]
+
+
+@pytest.fixture
+def engine(sglang_servers: Servers, models: list[PreTrainedModel]) -> SGLangEngine:
+    """Serves models[0] as version 0."""
+    need_sglang()
+    engine = sglang_servers.engine(models[0], CONFIG)
+    serve(engine, models[0], policy_version=0)
+    return engine
+
+
+def ask(name: str = "a", max_new_tokens: int = 8, **fields: Any) -> GenerationRequest:
+    fields = {"token_ids": PROMPT, "num_prefix_tokens": 0, "seed": 1, "temperature": 0.0} | fields
+    return GenerationRequest(request_id=name, max_new_tokens=max_new_tokens, **fields)
+
+
+def serves(engine: SGLangEngine, model: PreTrainedModel, policy_version: int) -> bool:
+    (completion,) = engine.generate([ask()])
+    difference = reference_logprobs(model, PROMPT, completion.token_ids) - torch.tensor(completion.logprobs)
+    return difference.abs().max().item() <= 1e-5 and completion.policy_version == engine.policy_version == policy_version
+
+
+def call(server: SGLangServer, path: str, **fields: Any) -> Any:
+    """What the server answers to somebody who is not the engine."""
+    client = SGLangClient(server.url)
+    try:
+        return client.submit(client.call(path, **fields)).result(60)
+    finally:
+        client.close()
+
+
+# ---- without a server
+
+
+@pytest.mark.parametrize("text", ["0.5.16", "0.4.9.post2", "0.6.0", "0.5.21.dev3"])
+def test_a_version_that_the_client_does_not_know_is_refused_with_those_it_knows(text: str) -> None:
+    with pytest.raises(ValueError, match=rf"SGLang is version {text}; the client knows 0\.5\.17 to 0\.5\.23\. Set rollout\.sglang\.python"):
+        SGLangVersion(text)
+
+
+def test_update_sessions_came_with_0_5_21() -> None:
+    versions = ["0.5.17", "0.5.18", "0.5.20.post1", "0.5.21", "0.5.21.post1", "0.5.23"]
+    assert [SGLangVersion(text).has_update_sessions for text in versions] == [False, False, False, True, True, True]
+
+
+def test_an_environment_that_is_not_there_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tandem.engine.rollout.sglang_versions.__file__", str(tmp_path / "a/b/c/d.py"))
+    with pytest.raises(FileNotFoundError, match=r"run `make sglang`, or set rollout\.sglang\.python"):
+        find_python(None)
+    with pytest.raises(FileNotFoundError, match=r"rollout\.sglang\.python is nowhere/python, which does not exist"):
+        find_python("nowhere/python")
+    with pytest.raises(ValueError, match="has no SGLang; run `make sglang`"):
+        version_of(Path(sys.executable))
+
+
+def test_what_stands_in_for_sgl_kernel_cannot_be_imported_here() -> None:
+    done = subprocess.run([sys.executable, "-c", "import sgl_kernel"], capture_output=True, text=True, check=False)
+    assert "No module named 'sgl_kernel'" in done.stderr
+
+
+def test_the_hash_of_the_stand_in_is_murmurhash3() -> None:
+    """The reference: Austin Appleby's MurmurHash3_x86_32 with Python's unbounded integers, over the same 16 bytes."""
+
+    def expected(data: bytes) -> int:
+        def rotated(x: int, bits: int) -> int:
+            return (x << bits | x >> (32 - bits)) & 0xFFFFFFFF
+
+        h = 0
+        for start in range(0, len(data), 4):
+            k = int.from_bytes(data[start : start + 4], "little") * 0xCC9E2D51 & 0xFFFFFFFF
+            h = rotated(h ^ rotated(k, 15) * 0x1B873593 & 0xFFFFFFFF, 13) * 5 + 0xE6546B64 & 0xFFFFFFFF
+        h ^= len(data)
+        h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+        h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+        return h ^ h >> 16
+
+    seeds, positions, columns = [0, 1, 2**63 - 1, 0x0123456789ABCDEF], [0, 7, 4095, 131071], [0, 1, 151935]
+    got = murmur_hash32(torch.tensor(seeds, dtype=torch.uint64), torch.tensor(positions), torch.tensor(columns))
+    for row, (seed, position) in enumerate(zip(seeds, positions, strict=True)):
+        for column, index in enumerate(columns):
+            data = seed.to_bytes(8, "little") + position.to_bytes(4, "little") + index.to_bytes(4, "little")
+            assert int(got[row, column]) == expected(data)
+
+
+class RefusingModel(torch.nn.Module):
+    """Takes weights as SGLang's models do, and fails after the first tensor when it is told to."""
+
+    def __init__(self, names: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.names = list(names)
+        self.values = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros_like(tensor)) for tensor in names.values()])
+        self.fails_in = -1  # a call of load_weights
+        self.num_calls = 0
+
+    def load_weights(self, weights: Any) -> None:
+        self.num_calls += 1
+        for name, tensor in weights:
+            self.values[self.names.index(name)].data.copy_(tensor)
+            if self.num_calls == self.fails_in:
+                raise RuntimeError("no room for more")
+
+    def holds(self, tensors: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(self.values[self.names.index(name)], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("fails_in", [None, 2])
+def test_a_commit_that_fails_within_the_model_or_after_it_brings_the_old_weights_back(
+    models: list[PreTrainedModel], fails_in: int | None
+) -> None:
+    old, new = disk_tensors(models[0]), disk_tensors(models[1])
+    model = RefusingModel(old)
+    receiver = Receiver(model, Architecture.from_hf(models[0].config.to_dict()), torch.float32)
+
+    def transfer(tensors: dict[str, torch.Tensor], version: int) -> None:
+        receiver.run("prepare", (version, metas(tensors)))
+        for number, (data, entries) in enumerate(buckets(tensors, 1 << 15)):
+            path = Path(f"/dev/shm/tandem-test-receiver-{os.getpid()}-{number}")
+            path.write_bytes(data)
+            receiver.run("load", (str(path), entries))
+            path.unlink()
+
+    transfer(old, 0)
+    receiver.run("commit", (1,))
+    assert model.holds(old)
+    digest = receiver.run("digest", ())
+    transfer(new, 1)
+    if fails_in is None:
+        receiver.run("commit", (2,))
+        assert model.holds(new)
+        receiver.run("revert", (2,))  # another process of the server failed
+    else:
+        model.fails_in = fails_in
+        with pytest.raises(WeightTransferError, match=r"does not take the weights .*no room for more.*; it has the old ones again"):
+            receiver.run("commit", (2,))
+        receiver.run("revert", (2,))  # it never got so far: nothing to undo
+    assert model.holds(old)
+    assert receiver.run("digest", ()) == digest
+    transfer(new, 2)
+    receiver.run("commit", (3,))
+    assert model.holds(new)
+
+
+# ---- before a server is healthy
+
+
+@marked
+def test_a_port_in_use_is_named(models: list[PreTrainedModel]) -> None:
+    need_sglang()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port {port} is in use .*rollout\.sglang\.port.*choose another"):
+            SGLangServer(setup_of(models[0], config=SGLangConfig(port=port)))
+
+
+@marked
+def test_a_server_that_never_becomes_healthy_is_killed_and_says_what_it_said(models: list[PreTrainedModel]) -> None:
+    need_sglang()
+    before = server_processes()
+    server = SGLangServer(setup_of(models[0], config=SGLangConfig(start_timeout_s=1.0)))
+    with SGLangEngine(server, CONFIG, stop_token_ids=()) as engine:
+        with pytest.raises(EngineDiedError, match=r"not healthy within rollout\.sglang\.start_timeout_s=1 s and was killed; call"):
+            serve(engine, models[0])
+        assert not engine.is_alive
+    assert server_processes() <= before
+
+
+# ---- a server that serves
+
+
+@marked
+def test_a_resumed_response_finds_its_prefix_in_the_cache_until_the_weights_change(
+    engine: SGLangEngine, models: list[PreTrainedModel]
+) -> None:
+    def cached_tokens() -> int:
+        sampling = {"max_new_tokens": 1, "temperature": 0.0}
+        return call(engine.server, "/generate", input_ids=PROMPT, sampling_params=sampling)["meta_info"]["cached_tokens"]
+
+    list(engine.generate([ask()]))
+    assert cached_tokens() >= len(PROMPT) - 1
+    serve(engine, models[1], policy_version=1)
+    assert cached_tokens() == 0
+
+
+@marked
+def test_weights_that_somebody_else_relabels_are_noticed(engine: SGLangEngine, models: list[PreTrainedModel]) -> None:
+    call(engine.server, "/update_weight_version", new_version="7", abort_all_requests=False)
+    with pytest.raises(RuntimeError, match=r"with weights '7'; the engine serves 0\. Somebody else changed them"):
+        list(engine.generate([ask()]))
+    serve(engine, models[0], policy_version=1)
+    assert serves(engine, models[0], 1)
+
+
+@marked
+def test_recorded_completions_are_not_generated_again_and_count(engine: SGLangEngine) -> None:
+    recorded = Completion(request_id="known", token_ids=(7,) * 5, logprobs=(-1.0,) * 5, stop=StopState.FINISHED, policy_version=0)
+    requests = [ask("known", 30, recorded=recorded), ask("fresh", 30)]
+    first, second = engine.generate(requests, token_budget=12)
+    assert first == recorded
+    assert (len(second.token_ids), second.stop) == (7, StopState.BUDGET)
+    (cut,) = engine.generate(requests[:1], token_budget=3)
+    assert (cut.token_ids, cut.stop) == ((7,) * 3, StopState.BUDGET)
+
+
+@marked
+def test_a_commit_whose_last_step_fails_leaves_the_old_weights(engine: SGLangEngine, models: list[PreTrainedModel]) -> None:
+    weights = engine._weights
+    checksums, digest = call(engine.server, "/weights_checker", action="checksum"), engine.weights_digest
+    label, failures = weights._label, [RuntimeError("injected")]
+
+    async def failing_label(policy_version: int) -> None:
+        if failures:
+            raise failures.pop()
+        await label(policy_version)
+
+    weights._label = failing_label
+    send(engine, disk_tensors(models[1]), 1)
+    with pytest.raises(RuntimeError, match="injected"):
+        engine.commit()
+    assert serves(engine, models[0], 0)
+    assert engine.weights_digest == digest
+    assert call(engine.server, "/weights_checker", action="checksum") == checksums
+    serve(engine, models[1], policy_version=1)
+    assert serves(engine, models[1], 1)
+    assert call(engine.server, "/weights_checker", action="checksum") != checksums
+
+
+@marked
+def test_recorded_experts_are_those_that_transformers_chooses(sglang_servers: Servers) -> None:
+    need_sglang()
+    model = tiny_model("qwen3_moe", mlp_only_layers=[])
+    stops = RepetitionConfig(max_period=1, min_repeats=2, min_tokens=0, ngram=0)  # some are cut in the middle of what SGLang sent
+    engine = sglang_servers.engine(model, dataclasses.replace(CONFIG, record_routing=True, repetition=stops))
+    serve(engine, model, policy_version=0)
+    requests = [ask(str(i), 12, token_ids=tuple(range(1, 4 + 5 * i)), seed=i, temperature=None) for i in range(6)]
+    completions = list(engine.generate(requests, token_budget=50))
+    assert {completion.stop for completion in completions} >= {StopState.BUDGET}
+    chosen: list[torch.Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(lambda _module, _inputs, outputs: chosen.append(outputs[-1]))
+    num_compared = 0
+    for completion in completions:
+        request = requests[int(completion.request_id)]
+        if not completion.token_ids:
+            assert completion.routed_experts is None
+            continue
+        chosen.clear()
+        with torch.no_grad():
+            model(torch.tensor([[*request.token_ids, *completion.token_ids]]))
+        expected = torch.stack(chosen, dim=1)[len(request.token_ids) - 1 : -1].sort(-1).values.numpy()
+        assert completion.routed_experts is not None
+        assert completion.routed_experts.dtype == np.int16
+        assert np.array_equal(np.sort(completion.routed_experts, axis=-1), expected)
+        num_compared += len(completion.token_ids)
+    assert num_compared == 50
+
+
+@marked
+def test_a_server_killed_at_any_step_of_a_swap_or_while_it_generates_is_noticed_and_replaced(
+    engine: SGLangEngine, models: list[PreTrainedModel]
+) -> None:
+    before = server_processes()
+    generation = engine.generate([ask("short", 1), *(ask(str(i), 50, token_ids=(i % VOCAB_SIZE,)) for i in range(200))])
+    next(generation)
+    kill_server(engine)
+    start = time.monotonic()
+    with pytest.raises(EngineDiedError, match=r"SGLang \S+ server \(process \d+, port \d+\) died \(exit status 137\); call restart"):
+        list(generation)
+    assert time.monotonic() - start < 30
+    assert engine.policy_version == -1
+    with pytest.raises(RuntimeError, match="has no weights"):
+        engine.generate([ask()])
+    for step in (
+        lambda: engine.prepare(1, metas(disk_tensors(models[1]))),
+        lambda: engine.load("/dev/null", ()),
+        engine.commit,
+        engine.rollback,
+    ):
+        with pytest.raises(EngineDiedError, match="call restart"):
+            step()
+    engine.restart()
+    assert (engine.policy_version, engine.weights_digest) == (-1, None)
+    serve(engine, models[1], policy_version=1)
+    assert serves(engine, models[1], 1)
+    assert len(server_processes()) <= len(before)
+
+
+def kill_server(engine: SGLangEngine) -> None:
+    """kill -9 of SGLang's first process; the guard sees to the others."""
+    (child,) = Path(f"/proc/{engine.server.pid}/task/{engine.server.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+
+
+@marked
+def test_a_server_that_stalls_is_killed(sglang_servers: Servers, models: list[PreTrainedModel]) -> None:
+    need_sglang()
+    config = dataclasses.replace(CONFIG, sglang=dataclasses.replace(SGLANG, stall_timeout_s=1.0))
+    engine = sglang_servers.engine(models[0], config)
+    serve(engine, models[0], policy_version=0)
+    generation = engine.generate([ask("short", 1), *(ask(str(i), 50, token_ids=(i % VOCAB_SIZE,)) for i in range(200))])
+    next(generation)
+    for pid in Path(f"/proc/{engine.server.pid}/task/{engine.server.pid}/children").read_text().split():
+        os.kill(int(pid), signal.SIGSTOP)
+    with pytest.raises(EngineDiedError, match=r"generated nothing for rollout\.sglang\.stall_timeout_s=1 s and was killed"):
+        list(generation)
+    sglang_servers.close()
+
+
+@marked
+def test_nothing_is_left_of_a_server_whose_leader_is_killed(models: list[PreTrainedModel], tmp_path: Path) -> None:
+    need_sglang()
+    before, files = server_processes(), set(Path("/dev/shm").glob(Path(SHARED_MEMORY).name + "*"))
+    folders = set(Path("/tmp").glob("tandem-sglang-*"))
+    program = """
+import os, pickle, sys
+from tandem.engine.rollout.sglang_server import SGLangServer
+server = SGLangServer(pickle.load(open(sys.argv[1], "rb")))
+server.wait_until_healthy()
+print("healthy", flush=True)
+os.kill(os.getpid(), 9)
+"""
+    (tmp_path / "setup").write_bytes(pickle.dumps(setup_of(models[0], log_path=tmp_path / "log")))
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "setup")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == "healthy\n"
+    assert process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+
+    def left() -> set[object]:
+        shared = set(Path("/dev/shm").glob(Path(SHARED_MEMORY).name + "*")) - files
+        return {*(server_processes() - before), *shared, *(set(Path("/tmp").glob("tandem-sglang-*")) - folders)}
+
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left()
