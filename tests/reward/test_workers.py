@@ -82,6 +82,20 @@ def test_running_out_of_memory_is_an_error_even_where_a_library_hides_it(pool: W
     assert pool.run(calls.pid) != first  # what it used is gone with it
 
 
+def test_what_the_parent_holds_is_not_counted_against_a_worker() -> None:
+    program = """
+from tandem.engine.reward.workers import WorkerPool
+from tests.reward import worker_calls
+held = b"x" * (400 << 20)
+with WorkerPool(1, deadline_s=60, max_bytes=512 << 20) as pool:
+    print(pool.run(worker_calls.add, 1, 2))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.stdout == "3\n", done.stderr
+
+
 def test_a_crash_is_an_error_that_names_the_signal(pool: WorkerPool) -> None:
     with pytest.raises(WorkerError, match="its worker died: signal 11"):
         pool.run(calls.crash)
