@@ -4,10 +4,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
+from tandem.engine.curate.config import CurateConfig
 from tandem.engine.errors import clear_errors, fail
 from tandem.engine.recipes.registry import parse_launch
 from tandem.engine.reward.execution import Limits
@@ -116,6 +117,42 @@ def parity(
         raise SystemExit(1)
 
 
+def serve(
+    model: tyro.conf.Positional[Path],
+    port: int = 8000,
+    host: str = "127.0.0.1",
+    threads: int = 1,
+    batch: int = 64,
+    queue: int = 256,
+    context_length: int | None = None,
+    max_tokens: int = 512,
+) -> None:
+    """Serve a model over OpenAI's HTTP API, on the embedded engine: /v1/models, /v1/chat/completions, /v1/completions, /health.
+
+    Args:
+        model: Hugging Face folder, for example of `tandem export`; its name is the model's.
+        port: Port to listen on; 0: any free one. The address is printed once requests are taken.
+        host: Address to listen on. There is no authentication.
+        threads: CPU threads of the engine.
+        batch: Answers decoded at the same time.
+        queue: Requests that may be open; more get status 429.
+        context_length: Most tokens of prompt and answer; by default the model's.
+        max_tokens: Longest answer to a request that names no number, in tokens.
+    """
+    from tandem.engine.serve import serve as run_server
+
+    run_server(
+        model,
+        host,
+        port,
+        num_threads=threads,
+        max_batch=batch,
+        max_waiting=queue,
+        context_length=context_length,
+        max_tokens=max_tokens,
+    )
+
+
 def sandbox_serve(
     host: str = "127.0.0.1",
     port: int = 8600,
@@ -139,6 +176,15 @@ def sandbox_serve(
         serve(host, port, num_workers=workers, max_waiting=queue, limits=limits)
     except UnavailableError as error:
         fail(str(error), status=1)
+
+
+def curate(config: Annotated[CurateConfig, tyro.conf.arg(name="")]) -> None:
+    """Make a prompts file for `tandem train` from raw ones: exclusions with reasons, no duplicates, difficulty by a model, a report."""
+    from tandem.engine.curate.curate import PROMPTS_FILE
+    from tandem.engine.curate.curate import curate as run_curation
+
+    outcome = run_curation(config)
+    print(f"wrote {config.to / PROMPTS_FILE}: {len(outcome.prompts)} of {outcome.num_read} prompts")
 
 
 def bench(name: tyro.conf.Positional[str]) -> None:
@@ -168,7 +214,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "evaluate": evaluate,
                 "report": report,
                 "parity": parity,
+                "serve": serve,
                 "sandbox-serve": sandbox_serve,
+                "curate": curate,
                 "bench": bench,
             },
             prog="tandem",
