@@ -1,6 +1,7 @@
 """Grading within the loop: how fast it is changes nothing, and what becomes of responses that could not be graded."""
 
 import dataclasses
+import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tandem.engine.config import CheckpointConfig, EvaluationConfig, LogConfig, RewardConfig
+from tandem.engine.config import CheckpointConfig, DataConfig, EvaluationConfig, LogConfig, RewardConfig
 from tandem.engine.reward import judge as judge_module
 from tandem.engine.reward.workers import WorkerPool
 from tandem.engine.train import train
@@ -126,3 +127,28 @@ def test_a_run_of_which_nothing_can_be_graded_ends_and_says_why(run_dir: Path, m
         RuntimeError, match=r"the last 5 groups were dropped because responses could not be graded.*did not end within 0.05 s"
     ):
         run_ranks(train, 2, small_toy(run_dir, steps=1, reward=RewardConfig(max_retries=0), **SHOWN))
+
+
+def run_on(prompts: Path, records: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """One iteration of an untrained model on these prompts; its metrics."""
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    run_dir = prompts.with_suffix("")
+    config = small_toy(run_dir, steps=1, data=DataConfig(prompts=str(prompts)), sft=(), **SHOWN)
+    run_ranks(train, 2, config)
+    return steps_of(run_dir)
+
+
+def test_a_mixture_of_domains_is_graded_and_reported_by_domain(tmp_path: Path) -> None:
+    domains = ("arithmetic", "math", "k12")
+    records = [{"id": f"{domain}{i}", "question": f"{i}+2+3?", "answer": "0", "domain": domain} for domain in domains for i in range(8)]
+    (line,) = run_on(tmp_path / "mixed.jsonl", records)
+    for domain in domains:
+        assert line[f"reward/{domain}/num_responses"] == 8 * 8
+        assert line[f"reward/{domain}/latency_s_p95"] >= line[f"reward/{domain}/latency_s_median"] > 0
+        assert 0 <= line[f"reward/{domain}/zero_rate"] <= 1
+
+
+def test_a_prompt_that_can_never_be_graded_ends_the_run_before_it_starts(tmp_path: Path) -> None:
+    record = {"id": "why", "question": "Why?", "domain": "k12", "answer": "Because the water evaporates and then condenses on the lid."}
+    with pytest.raises(RuntimeError, match=r"prompt 'why' of domain k12 cannot be graded: its answer .* is for a model judge"):
+        run_on(tmp_path / "essay.jsonl", [record])

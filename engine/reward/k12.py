@@ -2,7 +2,7 @@
 
 The kind of answer comes with the prompt, `grading: {"type": "exact" | "numeric" | "set" | "list" | "judge"}`, or follows from the
 reference: a number, perhaps with a unit, is numeric; parts in brackets ( ) or [ ], or with > or → between them, are an ordered list;
-parts in braces, or between commas, are a set; up to five words are exact; anything longer is for the judge.
+parts in braces, or between commas, are a set; up to five words are exact; anything longer, and a sentence, is for the judge.
 """
 
 import functools
@@ -110,6 +110,8 @@ def infer_kind(reference_answer: str) -> Kind:
     text = reference_answer.strip()
     if _quantity(text) is not None:
         return "numeric"
+    if len(text.split()) > MAX_EXACT_WORDS and text[-1] in ".!?。":
+        return "judge"
     opening, content = _unbracketed(text)
     if opening is not None and len(_parts(content)) > 1:
         return "set" if "{" in opening else "list"

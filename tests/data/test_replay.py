@@ -25,8 +25,14 @@ def group_of(number: int, *, scored: bool = True) -> Group:
 
     stop = StopState.FINISHED if scored else StopState.BUDGET
     responses = tuple(Response(sample=i, segments=tuple(segment(v) for v in range(i)), stop=stop) for i in range(3))
-    verdicts = (Verdict(correct=True, answer="é", reason=""), Verdict(correct=False), Verdict(correct=False, graded=False, reason="?"))
-    prompt = Prompt(id=f"p{number}", text='what "is" \n 1?', token_ids=(1, 2, number), answer="1", domain="arithmetic", level=number)
+    verdicts = (
+        Verdict(correct=True, answer="é", reason=""),
+        Verdict(correct=False),
+        Verdict(correct=False, graded=False, reason="?", well_formed=False),
+    )
+    prompt = Prompt(
+        id=f"p{number}", text='what "is" \n 1?', token_ids=(1, 2, number), answer="1", domain="arithmetic", level=number, grading='{"a": 1}'
+    )
     return Group(prompt=prompt, responses=responses, verdicts=verdicts if scored else (), first_iteration=number)
 
 

@@ -44,6 +44,9 @@ def grade(answer: str, reference: str, *, is_complete: bool = True, **grading: A
         ("whale > dog > mouse", "list"),
         ("egg → larva → pupa", "list"),
         ("Because the water evaporates and then condenses on the cold lid.", "judge"),
+        ("Because the water evaporates and then condenses on the lid.", "judge"),
+        ("Plants make sugar, and release oxygen.", "judge"),
+        ("it rises because warm air is lighter than cold air", "judge"),
     ],
 )
 def test_the_kind_of_an_answer_follows_from_the_reference(reference: str, kind: str) -> None:
