@@ -16,17 +16,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tandem.engine.architecture import Architecture
+from tandem.engine.buckets import StreamingWeightSink
 from tandem.engine.config import RepetitionConfig, RolloutConfig, SGLangConfig
 from tandem.engine.rollout.sglang import SGLangEngine
 from tandem.engine.rollout.sglang_client import SGLangClient
-from tandem.engine.rollout.sglang_cpu.sgl_kernel import murmur_hash32
 from tandem.engine.rollout.sglang_guard import SHARED_MEMORY
-from tandem.engine.rollout.sglang_receiver import Receiver
 from tandem.engine.rollout.sglang_server import SGLangServer
-from tandem.engine.rollout.sglang_versions import SGLangVersion, find_python, version_of
 from tandem.engine.types import Completion, EngineDiedError, GenerationRequest, StopState, WeightTransferError
-from tests.rollout.models import VOCAB_SIZE, buckets, disk_tensors, metas, reference_logprobs, send, serve, tiny_model
+from tests.rollout.models import VOCAB_SIZE, disk_tensors, metas, reference_logprobs, send, serve, tiny_model
 from tests.rollout.sglang_servers import MARKS, SGLANG, Servers, need_sglang, server_processes, setup_of
 
 PROMPT = tuple(range(3, 43))
@@ -71,118 +68,6 @@ def call(server: SGLangServer, path: str, **fields: Any) -> Any:
         return client.submit(client.call(path, **fields)).result(60)
     finally:
         client.close()
-
-
-# ---- without a server
-
-
-@pytest.mark.parametrize("text", ["0.5.16", "0.4.9.post2", "0.6.0", "0.5.21.dev3"])
-def test_a_version_that_the_client_does_not_know_is_refused_with_those_it_knows(text: str) -> None:
-    with pytest.raises(ValueError, match=rf"SGLang is version {text}; the client knows 0\.5\.17 to 0\.5\.23\. Set rollout\.sglang\.python"):
-        SGLangVersion(text)
-
-
-def test_update_sessions_came_with_0_5_21() -> None:
-    versions = ["0.5.17", "0.5.18", "0.5.20.post1", "0.5.21", "0.5.21.post1", "0.5.23"]
-    assert [SGLangVersion(text).has_update_sessions for text in versions] == [False, False, False, True, True, True]
-
-
-def test_an_environment_that_is_not_there_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tandem.engine.rollout.sglang_versions.__file__", str(tmp_path / "a/b/c/d.py"))
-    with pytest.raises(FileNotFoundError, match=r"run `make sglang`, or set rollout\.sglang\.python"):
-        find_python(None)
-    with pytest.raises(FileNotFoundError, match=r"rollout\.sglang\.python is nowhere/python, which does not exist"):
-        find_python("nowhere/python")
-    with pytest.raises(ValueError, match="has no SGLang; run `make sglang`"):
-        version_of(Path(sys.executable))
-
-
-def test_what_stands_in_for_sgl_kernel_cannot_be_imported_here() -> None:
-    done = subprocess.run([sys.executable, "-c", "import sgl_kernel"], capture_output=True, text=True, check=False)
-    assert "No module named 'sgl_kernel'" in done.stderr
-
-
-def test_the_hash_of_the_stand_in_is_murmurhash3() -> None:
-    """The reference: Austin Appleby's MurmurHash3_x86_32 with Python's unbounded integers, over the same 16 bytes."""
-
-    def expected(data: bytes) -> int:
-        def rotated(x: int, bits: int) -> int:
-            return (x << bits | x >> (32 - bits)) & 0xFFFFFFFF
-
-        h = 0
-        for start in range(0, len(data), 4):
-            k = int.from_bytes(data[start : start + 4], "little") * 0xCC9E2D51 & 0xFFFFFFFF
-            h = rotated(h ^ rotated(k, 15) * 0x1B873593 & 0xFFFFFFFF, 13) * 5 + 0xE6546B64 & 0xFFFFFFFF
-        h ^= len(data)
-        h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
-        h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
-        return h ^ h >> 16
-
-    seeds, positions, columns = [0, 1, 2**63 - 1, 0x0123456789ABCDEF], [0, 7, 4095, 131071], [0, 1, 151935]
-    got = murmur_hash32(torch.tensor(seeds, dtype=torch.uint64), torch.tensor(positions), torch.tensor(columns))
-    for row, (seed, position) in enumerate(zip(seeds, positions, strict=True)):
-        for column, index in enumerate(columns):
-            data = seed.to_bytes(8, "little") + position.to_bytes(4, "little") + index.to_bytes(4, "little")
-            assert int(got[row, column]) == expected(data)
-
-
-class RefusingModel(torch.nn.Module):
-    """Takes weights as SGLang's models do, and fails after the first tensor when it is told to."""
-
-    def __init__(self, names: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        self.names = list(names)
-        self.values = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros_like(tensor)) for tensor in names.values()])
-        self.fails_in = -1  # a call of load_weights
-        self.num_calls = 0
-
-    def load_weights(self, weights: Any) -> None:
-        self.num_calls += 1
-        for name, tensor in weights:
-            self.values[self.names.index(name)].data.copy_(tensor)
-            if self.num_calls == self.fails_in:
-                raise RuntimeError("no room for more")
-
-    def holds(self, tensors: dict[str, torch.Tensor]) -> bool:
-        return all(torch.equal(self.values[self.names.index(name)], tensor) for name, tensor in tensors.items())
-
-
-@pytest.mark.parametrize("fails_in", [None, 2])
-def test_a_commit_that_fails_within_the_model_or_after_it_brings_the_old_weights_back(
-    models: list[PreTrainedModel], fails_in: int | None
-) -> None:
-    old, new = disk_tensors(models[0]), disk_tensors(models[1])
-    model = RefusingModel(old)
-    receiver = Receiver(model, Architecture.from_hf(models[0].config.to_dict()), torch.float32)
-
-    def transfer(tensors: dict[str, torch.Tensor], version: int) -> None:
-        receiver.run("prepare", (version, metas(tensors)))
-        for number, (data, entries) in enumerate(buckets(tensors, 1 << 15)):
-            path = Path(f"/dev/shm/tandem-test-receiver-{os.getpid()}-{number}")
-            path.write_bytes(data)
-            receiver.run("load", (str(path), entries))
-            path.unlink()
-
-    transfer(old, 0)
-    receiver.run("commit", (1,))
-    assert model.holds(old)
-    digest = receiver.run("digest", ())
-    transfer(new, 1)
-    if fails_in is None:
-        receiver.run("commit", (2,))
-        assert model.holds(new)
-        receiver.run("revert", (2,))  # another process of the server failed
-    else:
-        model.fails_in = fails_in
-        with pytest.raises(WeightTransferError, match=r"does not take the weights .*no room for more.*; it has the old ones again"):
-            receiver.run("commit", (2,))
-        receiver.run("revert", (2,))  # it never got so far: nothing to undo
-    assert model.holds(old)
-    assert receiver.run("digest", ()) == digest
-    transfer(new, 2)
-    receiver.run("commit", (3,))
-    assert model.holds(new)
 
 
 # ---- before a server is healthy
@@ -300,6 +185,38 @@ def test_recorded_experts_are_those_that_transformers_chooses(sglang_servers: Se
         assert np.array_equal(np.sort(completion.routed_experts, axis=-1), expected)
         num_compared += len(completion.token_ids)
     assert num_compared == 50
+
+
+@marked
+def test_a_model_that_sglang_builds_otherwise_is_refused(sglang_servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's Qwen3-MoE knows no `mlp_only_layers`: the layer without experts would keep experts that no weights fill."""
+    need_sglang()
+    model, other = tiny_model("qwen3_moe", mlp_only_layers=[]), tiny_model("qwen3_moe", mlp_only_layers=[1])
+    server = sglang_servers.engine(model, CONFIG).server
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "setup", dataclasses.replace(server.setup, hf_config=setup_of(other).hf_config))
+        engine = sglang_servers.engine(other, CONFIG)
+        with pytest.raises(WeightTransferError, match=r"no tensor fills SGLang's parameter model\.layers\.1\.mlp\.experts"):
+            serve(engine, other)
+        assert engine.policy_version == -1
+    engine = sglang_servers.engine(model, CONFIG)
+    serve(engine, model, policy_version=2)
+    assert serves(engine, model, 2)
+
+
+@marked
+@pytest.mark.slow
+def test_two_processes_share_a_model_and_flip_together(models: list[PreTrainedModel], tmp_path: Path) -> None:
+    need_sglang()
+    config = dataclasses.replace(CONFIG, tp=2)
+    with SGLangEngine(SGLangServer(setup_of(models[0], tp=2, log_path=tmp_path / "log")), config, stop_token_ids=()) as engine:
+        assert not isinstance(engine, StreamingWeightSink)
+        for version in range(3):
+            serve(engine, models[version], policy_version=version)
+            assert serves(engine, models[version], version)
+        send(engine, disk_tensors(models[0]), 3)
+        engine.rollback()
+        assert serves(engine, models[2], 2)
 
 
 @marked

@@ -1,0 +1,44 @@
+"""What runs inside an SGLang server on a CPU instead of compiled kernels."""
+
+import subprocess
+import sys
+
+import torch
+
+from tandem.engine.rollout.sglang_cpu.sgl_kernel import assign_req_to_token_pool_cpu, murmur_hash32
+
+
+def test_what_stands_in_for_sgl_kernel_cannot_be_imported_here() -> None:
+    done = subprocess.run([sys.executable, "-c", "import sgl_kernel"], capture_output=True, text=True, check=False)
+    assert "No module named 'sgl_kernel'" in done.stderr
+
+
+def test_the_hash_of_the_stand_in_is_murmurhash3() -> None:
+    """The reference: Austin Appleby's MurmurHash3_x86_32 with Python's unbounded integers, over the same 16 bytes."""
+
+    def expected(data: bytes) -> int:
+        def rotated(x: int, bits: int) -> int:
+            return (x << bits | x >> (32 - bits)) & 0xFFFFFFFF
+
+        h = 0
+        for start in range(0, len(data), 4):
+            k = int.from_bytes(data[start : start + 4], "little") * 0xCC9E2D51 & 0xFFFFFFFF
+            h = rotated(h ^ rotated(k, 15) * 0x1B873593 & 0xFFFFFFFF, 13) * 5 + 0xE6546B64 & 0xFFFFFFFF
+        h ^= len(data)
+        h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+        h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+        return h ^ h >> 16
+
+    seeds, positions, columns = [0, 1, 2**63 - 1, 0x0123456789ABCDEF], [0, 7, 4095, 131071], [0, 1, 151935]
+    got = murmur_hash32(torch.tensor(seeds, dtype=torch.uint64), torch.tensor(positions), torch.tensor(columns))
+    for row, (seed, position) in enumerate(zip(seeds, positions, strict=True)):
+        for column, index in enumerate(columns):
+            data = seed.to_bytes(8, "little") + position.to_bytes(4, "little") + index.to_bytes(4, "little")
+            assert int(got[row, column]) == expected(data)
+
+
+def test_cache_slots_are_noted_where_each_request_goes_on() -> None:
+    pool = torch.zeros(3, 6, dtype=torch.int32)
+    requests, starts, ends = torch.tensor([2, 0]), torch.tensor([1, 0]), torch.tensor([4, 2])
+    assign_req_to_token_pool_cpu(requests, pool, starts, ends, torch.tensor([11, 12, 13, 14, 15]), 6)
+    assert pool.tolist() == [[14, 15, 0, 0, 0, 0], [0] * 6, [0, 11, 12, 13, 0, 0]]
