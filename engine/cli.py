@@ -153,6 +153,44 @@ def serve(
     )
 
 
+def testgen(
+    problems: tyro.conf.Positional[Path],
+    to: Path,
+    url: str,
+    model: str | None = None,
+    key_file: Path | None = None,
+    workers: int = 1,
+    max_tokens: int = 4096,
+    seed: int = 0,
+    tests: int = 50,
+    min_valid: int = 40,
+) -> None:
+    """Make hidden tests for programming problems with accepted solutions: a model writes a generator, the solutions agree on outputs.
+
+    Started again with the same folder, it goes on where it was.
+
+    Args:
+        problems: JSONL file with the fields question and submissions (10 or more accepted programs); optionally id and limits.
+        to: Folder for prompts.jsonl, the tests and report.json.
+        url: OpenAI-compatible endpoint of the model that writes generators, up to /v1.
+        model: Its name there; by default the first that the endpoint lists.
+        key_file: File that holds the endpoint's API key.
+        workers: Programs that run at a time.
+        max_tokens: Longest reply of the model.
+        seed: Of the inputs, and of the choice of 10 submissions.
+        tests: Inputs for each problem.
+        min_valid: Valid tests that a problem needs.
+    """
+    from tandem.engine.reward.chat import Endpoint, read_key
+    from tandem.engine.reward.testgen import Settings
+    from tandem.engine.testgen import generate_tests
+
+    endpoint = Endpoint(url=url, model=model, api_key=read_key(key_file), max_tokens=max_tokens)
+    settings = Settings(num_tests=tests, min_valid=min_valid, seed=seed)
+    for name, count in generate_tests(problems, to, endpoint, settings, num_workers=workers).items():
+        print(f"{name}: {count}")
+
+
 def sandbox_serve(
     host: str = "127.0.0.1",
     port: int = 8600,
@@ -215,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "report": report,
                 "parity": parity,
                 "serve": serve,
+                "testgen": testgen,
                 "sandbox-serve": sandbox_serve,
                 "curate": curate,
                 "bench": bench,

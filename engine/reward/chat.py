@@ -121,6 +121,13 @@ class ChatClient:
                         raise MalformedReplyError(f"{error} (reply {number} of {num_tries})") from error
         raise AssertionError("the loop ends by returning or raising")
 
+    async def sample(self, messages: Sequence[Message], *, temperature: float, seed: int, max_tokens: int) -> Reply:
+        """One sampled reply, whatever it says. In the client's thread only. Raises: ChatError."""
+        async with self._places:
+            deadline = self._loop.time() + self._endpoint.deadline_s
+            body = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, "seed": seed}
+            return await self._reply({**body, "temperature": temperature}, deadline)
+
     async def _reply(self, body: dict[str, Any], deadline: float) -> Reply:
         """One reply; whatever may pass by itself is tried again until the deadline."""
         problem, wait_s = "nothing was asked", FIRST_WAIT_S
