@@ -10,8 +10,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from tandem.engine.data.arithmetic import prompts
 from tandem.engine.data.jsonl import write_jsonl
+from tandem.engine.data.tasks import prompts
 from tandem.engine.evaluate import evaluate_model
 from tandem.engine.export import export_run
 from tandem.engine.recipes.toy_cpu import toy_cpu

@@ -13,13 +13,13 @@ from tandem.engine.checkpoint.disk import load_latest
 from tandem.engine.checkpoint.hf_folder import load_hf_weights, read_stop_token_ids
 from tandem.engine.checkpoint.save import CheckpointSaver
 from tandem.engine.checkpoint.swap import WeightSwap
-from tandem.engine.data.arithmetic import prompts as task_prompts
-from tandem.engine.data.arithmetic import write_task
 from tandem.engine.data.journal import SegmentJournal
 from tandem.engine.data.prompts import encode_prompt, load_prompts
 from tandem.engine.data.replay import ReplayBuffer
 from tandem.engine.data.sampler import PromptSampler
 from tandem.engine.data.sft import SFTExample, load_sft
+from tandem.engine.data.tasks import prompts as task_prompts
+from tandem.engine.data.tasks import write_task
 from tandem.engine.data.tokenizer import HFTokenizer, load_tokenizer
 from tandem.engine.errors import Stopped
 from tandem.engine.feasibility import check_run

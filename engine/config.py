@@ -16,6 +16,8 @@ from tandem.engine.model_config import OptimizerConfig as OptimizerConfig  # rec
 from tandem.engine.rollout_config import RepetitionConfig as RepetitionConfig
 from tandem.engine.rollout_config import RolloutConfig
 from tandem.engine.rollout_config import SGLangConfig as SGLangConfig
+from tandem.engine.task_config import ArithmeticTask as ArithmeticTask
+from tandem.engine.task_config import ProgramTask as ProgramTask
 
 T = TypeVar("T")
 
@@ -74,66 +76,6 @@ class LengthPenaltyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArithmeticTask:
-    """The generated toy task (engine/data/arithmetic.py). The annotator's habits shape the supervised examples only."""
-
-    modulus: int = 10
-    """Every value is taken modulo this; the first one lies between 1 and modulus - 1."""
-    min_operations: int = 2
-    """Operations of level 0."""
-    max_operations: int = 6
-    """Operations of the highest level."""
-    min_operand: int = 2
-    """Smallest operand."""
-    max_operand: int = 9
-    """Largest operand."""
-    operators: str = "+-*"
-    """Operators drawn from, each with the same probability."""
-    direct_probability: tuple[float, ...] = (0.1, 0.2, 0.6, 0.75, 0.8)
-    """How often the annotator answers without steps, for min_operations to max_operations operations."""
-    verbose_share: float = 0.65
-    """Share of verbose among the answers with steps; the rest are terse."""
-    slip_probability: float = 0.6
-    """How often the annotator slips in a step that invites it: a difference below 0 loses its sign, a product with 7 becomes one with 8."""
-    validation_share: float = 0.1
-    """Share of all prompts, by hash, that only the validation split holds."""
-    test_share: float = 0.1
-    """Share of all prompts, by hash, that only the test split holds."""
-    num_prompts: int = 2000
-    """Prompts to train on."""
-    num_sft_examples: int = 32_000
-    """Supervised examples."""
-    num_validation: int = 400
-    """Prompts of the validation split."""
-    num_test: int = 1000
-    """Prompts of the test split."""
-
-    def __post_init__(self) -> None:
-        check(self.modulus >= 2, "data.task.modulus", self.modulus, "it must be at least 2")
-        check(self.min_operations >= 1, "data.task.min_operations", self.min_operations, "it must be at least 1")
-        rule = f"it must be at least min_operations ({self.min_operations})"
-        check(self.max_operations >= self.min_operations, "data.task.max_operations", self.max_operations, rule)
-        rule = f"it must lie between 0 and max_operand ({self.max_operand})"
-        check(0 <= self.min_operand <= self.max_operand, "data.task.min_operand", self.min_operand, rule)
-        known = bool(self.operators) and set(self.operators) <= set("+-*")
-        check(known, "data.task.operators", self.operators, "it must be made of +, - and *")
-        rule = f"it needs one probability in [0, 1] for each of {self.min_operations} to {self.max_operations} operations"
-        fits = len(self.direct_probability) == self.num_levels and all(0 <= p <= 1 for p in self.direct_probability)
-        check(fits, "data.task.direct_probability", self.direct_probability, rule)
-        for name in ("verbose_share", "slip_probability", "validation_share", "test_share"):
-            check(0 <= getattr(self, name) <= 1, f"data.task.{name}", getattr(self, name), "it must lie in [0, 1]")
-        rule = "with validation_share it must stay below 1, or nothing is left to train on"
-        check(self.validation_share + self.test_share < 1, "data.task.test_share", self.test_share, rule)
-        for name in ("num_prompts", "num_sft_examples", "num_validation", "num_test"):
-            check(getattr(self, name) >= 1, f"data.task.{name}", getattr(self, name), "it must be at least 1")
-
-    @property
-    def num_levels(self) -> int:
-        """Curriculum levels: one per number of operations."""
-        return self.max_operations - self.min_operations + 1
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where prompts come from."""
 
@@ -151,8 +93,8 @@ class DataConfig:
     """Prompts with more tokens are an error or skipped (see long_prompts). None: what leaves one token of the context for the response."""
     long_prompts: Literal["error", "skip"] = "error"
     """What happens to a prompt that is too long."""
-    task: ArithmeticTask = field(default_factory=ArithmeticTask)
-    """The generated task, where no files are given."""
+    task: ArithmeticTask | ProgramTask = field(default_factory=ArithmeticTask)
+    """The generated task, where no files are given. Its kind is the recipe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,7 +318,10 @@ def _restored(hint: Any, value: Any) -> Any:
     if value is None:
         return None
     if typing.get_origin(hint) is types.UnionType:
-        return _restored(next(arm for arm in typing.get_args(hint) if arm is not types.NoneType), value)
+        arms = [arm for arm in typing.get_args(hint) if arm is not types.NoneType]
+        # Of several dataclasses, the one that has these fields.
+        fitting = [arm for arm in arms if dataclasses.is_dataclass(arm) and set(value) <= {field.name for field in dataclasses.fields(arm)}]
+        return _restored((fitting or arms)[0], value)
     if typing.get_origin(hint) is tuple:
         return tuple(_restored(typing.get_args(hint)[0], item) for item in value)
     return value

@@ -10,8 +10,8 @@ import pytest
 
 from tandem.engine.algo.plan import MIN_SHARED_TOKENS
 from tandem.engine.config import OptimizerConfig, TrainerConfig
-from tandem.engine.data.arithmetic import prompts as task_prompts
 from tandem.engine.data.prompts import encode_prompt
+from tandem.engine.data.tasks import prompts as task_prompts
 from tandem.engine.data.tokenizer import load_tokenizer
 from tandem.engine.recipes.toy_cpu import toy_cpu
 from tandem.engine.train import train

@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for room in ("engine", "kernels") for path in (ROOT / room).rglob("*.py"))
 
-GROUND = {"types", "config", "model_config", "rollout_config", "architecture", "mesh_rules", "routing", "log", "kernels"}
+GROUND = {"types", "config", "model_config", "rollout_config", "task_config", "architecture", "mesh_rules", "routing", "log", "kernels"}
 LOG = {"log", "trace", "progress"}  # the log is three files
-CONFIG = {"config", "model_config", "rollout_config"}  # the configuration is three
+CONFIG = {"config", "model_config", "rollout_config", "task_config"}  # the configuration is four
 
 # part → parts of ours that it may import, besides itself; a part that is not named stands at the top and may import all of them
 ALLOWED: dict[str, set[str]] = {
@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": CONFIG,
     "model_config": set(),
     "rollout_config": {"model_config"},
+    "task_config": {"model_config"},
     "architecture": {"types", *CONFIG},  # read by the trainer, the rollout engine and the name map alike
     "mesh_rules": {"architecture", *CONFIG},  # read by the trainer and by the check before a run
     "routing": {"architecture"},  # by the trainer's routers and the rollout engine's

@@ -8,24 +8,20 @@ For the prompt `8*4-9*3*2?` (modulo 30) the annotator writes one of three styles
 
 It answers long problems directly most of the time and slips in some steps, so a model fitted to it has something to gain from
 reinforcement: reason before answering, and reason without the slips. Which part of the data a prompt belongs to (train, validation,
-test) follows from a hash of its text, so no set shares a prompt with another whatever the seeds.
+test) follows from its text (`data/generated.py`).
 """
 
-import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from tandem.engine.config import ArithmeticTask
-from tandem.engine.data.jsonl import write_jsonl
+from tandem.engine.data.generated import Split, draw_different, draw_of_split
 
-Split = Literal["train", "validation", "test"]
 Style = Literal["verbose", "terse", "direct"]
 
 DOMAIN = "arithmetic"
-# A level with fewer prompts than are asked for ends in an error after this many fruitless tries per prompt.
-TRIES_PER_PROMPT = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +51,14 @@ def prompts(task: ArithmeticTask, n: int, seed: int, split: Split = "train") -> 
     Raises: ValueError when a level does not hold that many different prompts of the split.
     """
     generator = random.Random(f"arithmetic/prompts/{split}/{seed}")
-    records: list[dict[str, str | int]] = []
-    seen: set[str] = set()
-    for i in range(n):
-        level = i % task.num_levels
-        for _ in range(TRIES_PER_PROMPT):
-            problem = _draw(task, task.min_operations + level, split, generator)
-            if problem.text not in seen:
-                break
-        else:
-            raise ValueError(
-                f"found only {len(seen)} of {n} different {split} prompts: those with {task.min_operations + level} operations "
-                "are used up; ask for fewer, or raise task.modulus or task.min_operations"
-            )
-        seen.add(problem.text)
-        records.append({"question": problem.text, "answer": str(problem.answer), "domain": DOMAIN, "level": level})
-    return records
+    drawn = draw_different(
+        task,
+        n,
+        split,
+        lambda num_operations: _draw(task, num_operations, split, generator),
+        "task.modulus or task.min_operations",
+    )
+    return [{"question": problem.text, "answer": str(problem.answer), "domain": DOMAIN, "level": level} for level, problem in drawn]
 
 
 def sft_examples(task: ArithmeticTask, n: int, seed: int) -> list[dict[str, str]]:
@@ -85,55 +73,60 @@ def sft_examples(task: ArithmeticTask, n: int, seed: int) -> list[dict[str, str]
     return examples
 
 
+def preference_pairs(task: ArithmeticTask, n: int, seed: int, split: Split = "train") -> list[dict[str, str]]:
+    """`n` pairs of a split, drawn independently: records as `load_preferences` reads them (prompt, chosen, rejected).
+
+    Both responses are in one style. The rejected one has the result of one operation wrong and goes on with that; a direct answer that
+    of the last one.
+    """
+    generator = random.Random(f"arithmetic/preferences/{split}/{seed}")
+    records = []
+    for _ in range(n):
+        num_operations = generator.randint(task.min_operations, task.max_operations)
+        problem = _draw(task, num_operations, split, generator)
+        style = _style(task, num_operations, generator)
+        wrong = num_operations - 1 if style == "direct" else generator.randrange(num_operations)
+        error = generator.randrange(1, task.modulus)
+        chosen, rejected = (_write(problem, style, _results(task, wrong, off)) for off in (0, error))
+        records.append({"prompt": problem.text, "chosen": chosen, "rejected": rejected})
+    return records
+
+
+def _results(task: ArithmeticTask, wrong: int, error: int) -> Callable[[int, int, str, int], int]:
+    """For `_write`: the right results, but for that of operation `wrong`, which is `error` too much."""
+    return lambda i, value, operator, operand: (_apply(value, operator, operand, task.modulus) + error * (i == wrong)) % task.modulus
+
+
 def annotate(task: ArithmeticTask, problem: Problem, style: Style, generator: random.Random) -> str:
     """What the annotator writes. A slip is carried through to the answer; a direct answer is right."""
     if style == "direct":
         return f"A:{problem.answer}."
+    return _write(problem, style, lambda i, value, operator, operand: _step(task, value, operator, operand, generator))
+
+
+def _write(problem: Problem, style: Style, result_of: Callable[[int, int, str, int], int]) -> str:
+    """The response in which operation i on a value has the result that `result_of` gives it."""
     steps = []
     value = problem.start
     for i, (operator, operand) in enumerate(problem.operations):
-        result = _step(task, value, operator, operand, generator)
+        result = result_of(i, value, operator, operand)
         steps.append(f"{value}{operator}{operand}={result};")
         value = result
         rest = problem.operations[i + 1 :]
         if style == "verbose" and rest:
             steps.append(f">{value}{_chain(rest)};")
-    return f"{''.join(steps)}A:{value}."
-
-
-def split_of(task: ArithmeticTask, text: str) -> Split:
-    """The only split that holds this prompt."""
-    position = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
-    if position < task.test_share:
-        return "test"
-    return "validation" if position < task.test_share + task.validation_share else "train"
-
-
-def write_task(task: ArithmeticTask, folder: str | Path, *, seed: int) -> None:
-    """Write prompts.jsonl, sft.jsonl, validation.jsonl and eval.jsonl (the test split) into `folder`.
-
-    They have the form of a user's own files, which can take their place. Validation and test prompts do not depend on
-    the seed: all runs of a task are compared on the same ones.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "prompts.jsonl", prompts(task, task.num_prompts, seed))
-    write_jsonl(folder / "sft.jsonl", sft_examples(task, task.num_sft_examples, seed))
-    write_jsonl(folder / "validation.jsonl", prompts(task, task.num_validation, 0, "validation"))
-    write_jsonl(folder / "eval.jsonl", prompts(task, task.num_test, 0, "test"))
+    return f"{'' if style == 'direct' else ''.join(steps)}A:{value}."
 
 
 def _draw(task: ArithmeticTask, num_operations: int, split: Split, generator: random.Random) -> Problem:
-    # A share of 0 would make this endless, and a small one needs many tries; both are told apart by the bound.
-    for _ in range(100_000):
+    def draw() -> Problem:
         start = generator.randint(1, task.modulus - 1)
         operations = tuple(
             (generator.choice(task.operators), generator.randint(task.min_operand, task.max_operand)) for _ in range(num_operations)
         )
-        problem = Problem(task.modulus, start, operations)
-        if split_of(task, problem.text) == split:
-            return problem
-    raise ValueError(f"the {split} split holds no prompt with {num_operations} operations; raise task.{split}_share")
+        return Problem(task.modulus, start, operations)
+
+    return draw_of_split(task, num_operations, split, draw)
 
 
 def _style(task: ArithmeticTask, num_operations: int, generator: random.Random) -> Style:

@@ -10,10 +10,11 @@ import tyro
 from tandem.engine.config import RunConfig
 from tandem.engine.errors import fail
 from tandem.engine.recipes.sft_two_stage import sft_two_stage
+from tandem.engine.recipes.toy_code import toy_code
 from tandem.engine.recipes.toy_cpu import toy_cpu
 
 # every recipe, listed by hand: a reader finds its code by following the import
-RECIPES: tuple[Callable[[], RunConfig], ...] = (toy_cpu, sft_two_stage)
+RECIPES: tuple[Callable[[], RunConfig], ...] = (toy_cpu, toy_code, sft_two_stage)
 
 T = TypeVar("T", RunConfig, "Launch")
 
@@ -51,7 +52,8 @@ def _parse(kind: type[T], default: T, recipe: Callable[[], RunConfig], argv: Seq
             args=list(argv),
             prog=f"{prog} {name}",
             description=recipe.__doc__,
-            config=(tyro.conf.FlagConversionOff,),  # every option takes a value: --log.progress False
+            # every option takes a value (--log.progress False), and a field of several classes has the recipe's
+            config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             use_underscores=True,
         )
     except ValueError as error:  # raised by a configuration class about itself

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from tandem.engine.config import ArithmeticTask, DataConfig
-from tandem.engine.data.arithmetic import Problem, Split, annotate, prompts, sft_examples, split_of, write_task
+from tandem.engine.data.arithmetic import Problem, annotate, prompts, sft_examples
+from tandem.engine.data.generated import Split, split_of
 from tandem.engine.data.prompts import load_prompts
 from tandem.engine.data.sft import load_sft
+from tandem.engine.data.tasks import write_task
 from tandem.engine.data.tokenizer import byte_tokenizer
 
 CAREFUL = ArithmeticTask(modulus=30, slip_probability=0.0)
