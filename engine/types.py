@@ -5,9 +5,11 @@ tokenised again. Log-probs are natural logarithms (nats).
 """
 
 import enum
+import hashlib
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -29,6 +31,27 @@ class StopState(enum.StrEnum):
         return self not in (StopState.BUDGET, StopState.ABORTED)
 
 
+class PromptImage(NamedTuple):
+    """An image that belongs to a prompt: a file, and a digest of its bytes, by which a file that has changed since is noticed."""
+
+    path: str  # absolute
+    digest: str  # blake2b of 16 bytes, in hexadecimal
+
+    def read(self) -> bytes:
+        """Raises: ValueError if the file is gone, or not the one that was read at the start."""
+        try:
+            data = Path(self.path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"image {self.path} of a prompt cannot be read any more: {error}; put it back") from error
+        if self.digest_of(data) != self.digest:
+            raise ValueError(f"image {self.path} has other bytes than when the prompts were read; put the file back, or start a new run")
+        return data
+
+    @staticmethod
+    def digest_of(data: bytes) -> str:
+        return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """One line of the prompts file, tokenised."""
@@ -40,6 +63,7 @@ class Prompt:
     domain: str = "math"
     level: int = 0  # curriculum level, 0 is the easiest
     grading: str = ""  # JSON object for the domain's grader, as the file has it: hidden tests, the kind of answer; "" without one
+    images: tuple[PromptImage, ...] = ()  # for engines with a vision tower; graders see the text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +175,7 @@ class GenerationRequest:
     seed: int  # 63 bits; the token at position p of this request depends on (seed, p) and the logits only
     temperature: float | None = None  # None: the engine's; 0: greedy (log-probs then at temperature 1)
     recorded: "Completion | None" = None  # what an interrupted run already got for this very request; see `RolloutEngine.generate`
+    images: tuple[PromptImage, ...] = ()  # the prompt's, in the order of their places among its tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,10 +8,12 @@ the header is its number of tokens and policy version and, where experts were re
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from tandem.engine.types import Group, Prompt, Response, Segment, StopState, Verdict
+from tandem.engine.types import Group, Prompt, PromptImage, Response, Segment, StopState, Verdict
 
 
 def group_to_bytes(group: Group) -> bytes:
@@ -77,12 +79,16 @@ def group_from_bytes(payload: bytes) -> Group:
             )
         responses.append(Response(sample=response["sample"], segments=tuple(segments), stop=StopState(response["stop"])))
     return Group(
-        prompt=Prompt(**{**header["prompt"], "token_ids": tuple(prompt_ids.tolist())}),
+        prompt=Prompt(**{**header["prompt"], "token_ids": tuple(prompt_ids.tolist()), "images": _images(header["prompt"])}),
         responses=tuple(responses),
         verdicts=tuple(Verdict(**verdict) for verdict in header["verdicts"]),
         first_iteration=header["first_iteration"],
         serial=header["serial"],
     )
+
+
+def _images(prompt: Mapping[str, Any]) -> tuple[PromptImage, ...]:
+    return tuple(PromptImage(*image) for image in prompt.get("images", ()))  # a buffer that is older than images has none
 
 
 def _segment_header(segment: Segment) -> list[int]:

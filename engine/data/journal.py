@@ -58,7 +58,9 @@ def segment_digest(settings: bytes, weights_digest: str, group: Group, sample: i
     """16 bytes over all that the next segment of a response depends on: settings, weights, prompt and what it has so far."""
     response = next(response for response in group.responses if response.sample == sample)
     digest = hashlib.blake2b(settings, digest_size=16)
-    digest.update(json.dumps([weights_digest, group.prompt.id, len(group.prompt.token_ids)]).encode("utf-8", "surrogatepass"))
+    images = [image.digest for image in group.prompt.images]
+    about = [weights_digest, group.prompt.id, len(group.prompt.token_ids), *images]
+    digest.update(json.dumps(about).encode("utf-8", "surrogatepass"))
     digest.update(np.array(group.prompt.token_ids + response.token_ids, dtype="<i8").tobytes())
     return digest.digest()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.engine.config import DataConfig, check
+from tandem.engine.data.images import read_images
 from tandem.engine.data.jsonl import read_jsonl, text_field
 from tandem.engine.data.tokenizer import HFTokenizer
 from tandem.engine.types import Prompt
@@ -26,11 +27,13 @@ def load_prompts(
     default_domain: str = "math",
     domains: Collection[str] | None = None,
 ) -> list[Prompt]:
-    """Read prompts: a question (`question`, `problem` or `prompt`), its `answer`, optionally `id`, `domain`, `level` and `grading`.
+    """Read prompts: a question (`question`, `problem` or `prompt`), its `answer`; optionally id, domain, level, grading, image.
 
     An answer is text or a number; of GSM8K's worked solutions ("… #### 18") only what follows the last #### is kept. `grading` is a
     JSON object for the domain's grader, such as hidden tests; with it the answer may be left out, and is then empty. Without an
-    id a prompt gets a hash of its text, so it is the same in every run and in every order of the file.
+    id a prompt gets a hash of its text, so it is the same in every run and in every order of the file. `image`, or `images` for several,
+    names files beside the prompts file; the chat template puts the model's placeholders for them before the question, and without one the
+    question must hold them.
 
     Args:
         context_length: most tokens of prompt plus response; a prompt must leave room for at least one token.
@@ -45,8 +48,9 @@ def load_prompts(
     too_long: list[int] = []
     for line, record in read_jsonl(path):
         where = f"{path}:{line}"
-        prompt = parse_prompt(record, where, default_domain=default_domain, domains=domains)
-        prompt = dataclasses.replace(prompt, token_ids=tuple(encode_prompt(prompt.text, tokenizer, config)))
+        prompt = parse_prompt(record, where, default_domain=default_domain, domains=domains, folder=Path(path).parent)
+        token_ids = encode_prompt(prompt.text, tokenizer, config, num_images=len(prompt.images))
+        prompt = dataclasses.replace(prompt, token_ids=tuple(token_ids))
         if prompt.id in line_of_id:
             raise ValueError(f"{where}: id {prompt.id!r} is already used in line {line_of_id[prompt.id]}; ids (or texts) must differ")
         line_of_id[prompt.id] = line
@@ -66,21 +70,33 @@ def load_prompts(
     return prompts
 
 
-def parse_prompt(record: dict[str, Any], where: str, *, default_domain: str = "math", domains: Collection[str] | None = None) -> Prompt:
-    """The prompt of one line as `load_prompts` reads it, without its tokens. Raises: ValueError that begins with `where`."""
+def parse_prompt(
+    record: dict[str, Any],
+    where: str,
+    *,
+    default_domain: str = "math",
+    domains: Collection[str] | None = None,
+    folder: Path = Path(),
+) -> Prompt:
+    """The prompt of one line as `load_prompts` reads it, without its tokens. `folder`: from where relative paths of images count.
+
+    Raises: ValueError that begins with `where`.
+    """
     text = text_field(record, ("question", "problem", "prompt"), where)
+    images = read_images(record, where, folder)
     return Prompt(
-        id=_id_of(record, text, where),
+        id=_id_of(record, text + "".join(image.digest for image in images), where),
         text=text,
         token_ids=(),
         answer=_answer_of(record, where),
         domain=_domain_of(record, default_domain, domains, where),
         level=_level_of(record, where),
         grading=_grading_of(record, where),
+        images=images,
     )
 
 
-def encode_prompt(text: str, tokenizer: HFTokenizer, config: DataConfig) -> list[int]:
+def encode_prompt(text: str, tokenizer: HFTokenizer, config: DataConfig, *, num_images: int = 0) -> list[int]:
     """Token ids of a question under the configured template, special tokens included; what RL and SFT both start from.
 
     Raises: ValueError if the template lacks {question}, or a chat template is asked for and the tokenizer has none.
@@ -91,7 +107,8 @@ def encode_prompt(text: str, tokenizer: HFTokenizer, config: DataConfig) -> list
         return tokenizer.encode(text, add_special_tokens=True)
     if tokenizer.chat_template is None:
         raise ValueError("data.use_chat_template is True but the tokenizer has no chat template; set it to False, or use another tokenizer")
-    turns = [{"role": "user", "content": text}]
+    content = [*[{"type": "image"}] * num_images, {"type": "text", "text": text}] if num_images else text
+    turns = [{"role": "user", "content": content}]
     # The template writes its special tokens itself.
     rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(rendered, add_special_tokens=False)

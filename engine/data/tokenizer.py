@@ -4,7 +4,7 @@ Transformers is imported inside the functions: it takes seconds, and a process t
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -22,7 +22,7 @@ class HFTokenizer(Tokenizer, Protocol):
 
     def __len__(self) -> int: ...
 
-    def apply_chat_template(self, conversation: Sequence[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool) -> str: ...
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, object]], *, tokenize: bool, add_generation_prompt: bool) -> str: ...
 
     def save_pretrained(self, save_directory: str | Path) -> object: ...
 

@@ -112,6 +112,7 @@ def _generate_groups(
                     seed=seed_of(group, response.sample, segment),
                     temperature=temperature,
                     recorded=known,
+                    images=group.prompt.images,
                 )
             )
 

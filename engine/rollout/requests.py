@@ -6,9 +6,20 @@ from tandem.engine.types import Completion, GenerationRequest, StopState
 
 
 def check_requests(
-    requests: Sequence[GenerationRequest], token_budget: int | None, *, context_length: int, vocab_size: int, policy_version: int
+    requests: Sequence[GenerationRequest],
+    token_budget: int | None,
+    *,
+    context_length: int,
+    vocab_size: int,
+    policy_version: int,
+    sees_images: bool = False,
 ) -> None:
-    """Raise ValueError naming the request, the value and the rule. `policy_version`: the one that is served."""
+    """Raise ValueError naming the request, the value and the rule.
+
+    Args:
+        policy_version: the one that is served.
+        sees_images: False for an engine without a vision tower.
+    """
     if token_budget is not None and token_budget < 0:
         raise ValueError(f"token_budget is {token_budget}; it must not be negative")
     seen: set[str] = set()
@@ -19,6 +30,11 @@ def check_requests(
         seen.add(request.request_id)
         if not length:
             raise ValueError(f"{name} has no tokens; it needs at least one to continue")
+        if request.images and not sees_images:
+            raise ValueError(
+                f"{name} has {len(request.images)} image(s), such as {request.images[0].path}; this engine has no vision tower, set "
+                "rollout.engine=sglang, or leave such prompts out"
+            )
         if request.max_new_tokens < 0:
             raise ValueError(f"{name}: max_new_tokens is {request.max_new_tokens}; it must not be negative")
         if length + request.max_new_tokens > context_length:

@@ -117,6 +117,7 @@ class SGLangEngine:
             context_length=self.server.setup.context_length,
             vocab_size=self._architecture.vocab_size,
             policy_version=self._policy_version,
+            sees_images=True,
         )
         self._check_idle("generate")
         if self._policy_version < 0:

@@ -134,6 +134,8 @@ class Generation:
             row.detector = RepetitionDetector(config.repetition, before)
         fields: dict[str, Any] = {"rid": name, "input_ids": request.token_ids, "return_logprob": True}
         fields["sampling_params"] = self._sampling(request)
+        if request.images:
+            fields["image_data"] = [base64.b64encode(image.read()).decode() for image in request.images]
         if config.record_routing:
             fields |= {"return_routed_experts": True, "routed_experts_start_len": len(request.token_ids) - 1}
         async for event in self._client.stream(**fields):
