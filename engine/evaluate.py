@@ -27,7 +27,10 @@ def evaluation_is_due(run: Run, step: int) -> bool:
 
 
 def evaluate(run: Run, parts: Parts, step: int) -> dict[str, float]:
-    """Pass@1 and mean response length (tokens) of one greedy response per held-out prompt; {} when not due. A collective."""
+    """Pass@1 and mean response length (tokens) of one greedy response per held-out prompt; {} when not due. A collective.
+
+    A response that could not be graded does not pass; `eval/not_graded` is the fraction of them.
+    """
     if not parts.eval_prompts or not evaluation_is_due(run, step):
         return {}
     with run.log.phase("evaluate"):
@@ -40,10 +43,12 @@ def evaluate(run: Run, parts: Parts, step: int) -> dict[str, float]:
             parts.judge.submit(group)
             num_tokens += group.responses[0].num_tokens
         num_correct = sum(group.verdicts[0].correct for group in parts.judge.finish())
-        parts.judge.take_stats()  # those of an iteration are of its rollouts
+        # taken here, for those of an iteration are of its rollouts
+        num_not_graded = sum(stats.num_not_graded for stats in parts.judge.take_stats().values())
         num_prompts = len(parts.eval_prompts)
         return {
             "eval/pass_at_1": run.sum(num_correct) / num_prompts,
+            "eval/not_graded": run.sum(num_not_graded) / num_prompts,
             "eval/response_tokens": run.sum(num_tokens) / num_prompts,
         }
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tandem.engine.config import CheckpointConfig, DataConfig, EvaluationConfig, LogConfig, RewardConfig
+from tandem.engine.log import read_metrics
 from tandem.engine.reward import judge as judge_module
 from tandem.engine.reward.workers import WorkerPool
 from tandem.engine.train import train
@@ -94,9 +95,10 @@ def test_a_verdict_at_the_second_try_is_as_good_as_one_at_the_first(run_dir: Pat
 def test_groups_with_ungraded_responses_are_completed_from_the_others_or_dropped(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dropping = copy_of(run_dir, "dropping")
     graded_by(monkeypatch, lambda: SometimesLate(num_failures=1000))
+    shown = SHOWN | {"evaluation": EvaluationConfig(every=0)}
     reward = RewardConfig(max_retries=0, alarm_not_graded=0.01)
-    run_ranks(train, 2, small_toy(run_dir, steps=1, reward=reward, **SHOWN))
-    run_ranks(train, 2, small_toy(dropping, steps=1, reward=dataclasses.replace(reward, not_graded="drop"), **SHOWN))
+    run_ranks(train, 2, small_toy(run_dir, steps=1, reward=reward, **shown))
+    run_ranks(train, 2, small_toy(dropping, steps=1, reward=dataclasses.replace(reward, not_graded="drop"), **shown))
 
     completed, kept = rows_of(run_dir), rows_of(dropping)
     for rows in completed.values():
@@ -115,6 +117,9 @@ def test_groups_with_ungraded_responses_are_completed_from_the_others_or_dropped
     assert of_kept["rollout/num_responses"] == 8 * len(whole)
     assert of_kept["reward/arithmetic/num_responses"] == of_completed["reward/arithmetic/num_responses"] == 8 * 24
     assert of_kept["reward/arithmetic/not_graded_rate"] == of_completed["reward/arithmetic/not_graded_rate"] > 0.01
+    evaluated = {folder: [line for line in read_metrics(folder) if "eval/pass_at_1" in line] for folder in (run_dir, dropping)}
+    assert any(line["eval/not_graded"] > 0 for line in evaluated[run_dir])
+    assert evaluated[dropping][0]["eval/pass_at_1"] == evaluated[run_dir][0]["eval/pass_at_1"]
     for folder in (run_dir, dropping):
         assert "reward alarm" in (folder / "trace" / "rank_0.json").read_text()
 
