@@ -14,6 +14,7 @@ from tandem.engine.config import (
     RolloutConfig,
     RunConfig,
     SFTStage,
+    SGLangConfig,
     SwapConfig,
     from_dict,
 )
@@ -48,6 +49,9 @@ from tandem.engine.config import (
         (lambda: OptimizerConfig(lr=1e-3, min_lr=1e-2), "optimizer.min_lr is 0.01; it must lie between 0 and lr"),
         (lambda: LossConfig(baseline="log_mean_exp", tau=0.0), "loss.tau is 0.0; baseline=log_mean_exp divides by it"),
         (lambda: RolloutConfig(temperature=0.0), "rollout.temperature is 0.0; it must be positive"),
+        (lambda: SGLangConfig(port=0), "rollout.sglang.port is 0; it must lie between 1 and 65535, or be None"),
+        (lambda: SGLangConfig(stream_interval=0), "rollout.sglang.stream_interval is 0; it must be at least 1"),
+        (lambda: SGLangConfig(memory_fraction=1.0), "rollout.sglang.memory_fraction is 1.0; it must lie between 0 and 1"),
         (lambda: SwapConfig(bucket_bytes=100), "swap.bucket_bytes is 100; it must be at least 4096"),
         (lambda: SFTStage(steps=0, batch_tokens=1, max_tokens=1, optimizer=OptimizerConfig()), "sft.steps is 0; steps or epochs"),
     ],
