@@ -204,7 +204,7 @@ def _run_cases(subject: Subject, cases: Sequence[Case], device: torch.device, ar
             _profile(subject.name, case, device, args.out, args.run)
         return []
     rates = Rates(device, repeats=QUICK_REPEATS) if args.quick else Rates(device)
-    about = _describe(device, args.commit)
+    about = describe(device, args.commit)
     print(f"{subject.name}: {subject.about}\n" + ", ".join(f"{name} {value}" for name, value in about.items()))
     matmul = {_dtype_name(case.dtype): rates.matmul_flop_s(case.dtype) for case in cases}
     measured = {"copy_bytes_s": rates.copy_bytes_s(), "matmul_flop_s": matmul}
@@ -321,7 +321,7 @@ def _run_ncu(subject: Subject, args: argparse.Namespace) -> int:
     return subprocess.run([ncu, *options, "--export", str(report), *script], check=False).returncode
 
 
-def _describe(device: torch.device, commit: str) -> dict[str, Any]:
+def describe(device: torch.device, commit: str) -> dict[str, Any]:
     """Who measured: device, versions, commit, date."""
     found: dict[str, Any] = {}
     if device.type == "cuda":

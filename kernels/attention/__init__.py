@@ -13,8 +13,9 @@ from typing import Any, Literal, overload
 import torch
 
 from tandem.kernels.attention import reference
-from tandem.kernels.attention.plan import AttentionPlan, plan_attention
+from tandem.kernels.attention.plan import AttentionPlan, plan_attention, plan_of
 from tandem.kernels.backend import runs_triton
+from tandem.kernels.operators import operator
 
 __all__ = ["AttentionPlan", "packed_attention", "plan_attention"]
 
@@ -79,7 +80,8 @@ def packed_attention(
     if scale is None:
         scale = float(q_TND.shape[-1] ** -0.5)
     _check(q_TND, k_SGD, v_SGD, visible_end_S, plan, scale, grad_start)
-    out_TND, lse_NT = _PackedAttention.apply(q_TND, k_SGD, v_SGD, plan, scale, grad_start, return_lse)
+    has_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q_TND, k_SGD, v_SGD))
+    out_TND, lse_NT, _ = _forward(q_TND, k_SGD, v_SGD, plan.number, scale, grad_start, return_lse, has_backward)
     return (out_TND, lse_NT) if return_lse else out_TND
 
 
@@ -130,54 +132,97 @@ def _can_be_copied_in_bulk(x: torch.Tensor) -> bool:
     return x.stride(2) == 1 and (x.shape[0] < 2 or x.stride(0) > 0) and starts_apart and x.data_ptr() % 16 == 0
 
 
-class _PackedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q_TND: torch.Tensor,
-        k_SGD: torch.Tensor,
-        v_SGD: torch.Tensor,
-        plan: AttentionPlan,
-        scale: float,
-        grad_start: int,
-        with_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        ctx.plan, ctx.scale, ctx.grad_start, ctx.runs_triton = plan, scale, grad_start, runs_triton(q_TND)
-        ctx.set_materialize_grads(False)
-        if ctx.runs_triton:
-            from tandem.kernels.attention.triton import attention_forward
+@operator("packed_attention")
+def _forward(
+    q_TND: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, plan: int, scale: float, grad_start: int, with_lse: bool, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output; the log-sum-exp [N, T], empty unless asked for; and with `keep` what the backward pass takes over."""
+    its_plan = plan_of(plan)
+    if runs_triton(q_TND):
+        from tandem.kernels.attention.triton import attention_forward
 
-            out_TND, lse_NP = attention_forward(q_TND, k_SGD, v_SGD, plan, scale)
-            ctx.save_for_backward(q_TND, k_SGD, v_SGD, out_TND, lse_NP)
-            if not with_lse:
-                return out_TND, None
-            lse_NT = lse_NP[:, : plan.num_queries] * math.log(2)
-            return out_TND, lse_NT.masked_fill_(lse_NT == math.inf, -math.inf)
-        # The backward pass leaves queries below grad_start out, so its tasks are others then.
-        keep = any(ctx.needs_input_grad) and grad_start == 0
-        out_TND, lse_NT, kept_probs = reference.attention_forward(q_TND, k_SGD, v_SGD, plan.tasks(), scale, keep=keep, with_lse=with_lse)
-        ctx.save_for_backward(q_TND, k_SGD, v_SGD, *kept_probs)
-        return out_TND, lse_NT
+        out_TND, lse_NP = attention_forward(q_TND, k_SGD, v_SGD, its_plan, scale)
+        kept = lse_NP if keep else lse_NP.new_empty(0)
+        if not with_lse:
+            return out_TND, lse_NP.new_empty(0), kept
+        lse_NT = lse_NP[:, : its_plan.num_queries] * math.log(2)
+        return out_TND, lse_NT.masked_fill_(lse_NT == math.inf, -math.inf), kept
+    keeps_probs = keep and _hands_over_probs(grad_start)
+    out_TND, lse_NT, kept = reference.attention_forward(q_TND, k_SGD, v_SGD, its_plan.tasks(), scale, keep=keeps_probs, with_lse=with_lse)
+    return out_TND, kept.new_empty(0) if lse_NT is None else lse_NT, kept
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        grad_TND, grad_lse_NT = grad_outputs
-        q_TND, k_SGD, v_SGD, *kept = ctx.saved_tensors
-        if grad_TND is None:
-            grad_TND = q_TND.new_zeros((*q_TND.shape[:2], v_SGD.shape[2]))
-        if ctx.runs_triton:
-            from tandem.kernels.attention.triton_backward import attention_backward
 
-            grad_TND = grad_TND if _can_be_copied_in_bulk(grad_TND) else grad_TND.contiguous()
-            grad_lse_NT = None if grad_lse_NT is None else grad_lse_NT.contiguous()
-            gradients = attention_backward(
-                grad_TND, grad_lse_NT, q_TND, k_SGD, v_SGD, kept[0], kept[1], ctx.plan, ctx.scale, ctx.grad_start
-            )
-        else:
-            gradients = reference.attention_backward(
-                grad_TND, grad_lse_NT, q_TND, k_SGD, v_SGD, kept, ctx.plan.tasks(ctx.grad_start), ctx.scale
-            )
-            if ctx.grad_start:
-                for gradient in gradients[1:]:
-                    gradient[: ctx.grad_start] = 0
-        return *gradients, None, None, None, None
+def _hands_over_probs(grad_start: int) -> bool:
+    """The backward pass leaves queries below grad_start out, so its tasks are others then."""
+    return grad_start == 0
+
+
+@operator("packed_attention_backward")
+def _backward(
+    grad_TND: torch.Tensor,
+    grad_lse_NT: torch.Tensor | None,
+    q_TND: torch.Tensor,
+    k_SGD: torch.Tensor,
+    v_SGD: torch.Tensor,
+    out_TND: torch.Tensor | None,
+    kept: torch.Tensor,
+    plan: int,
+    scale: float,
+    grad_start: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    its_plan = plan_of(plan)
+    if runs_triton(q_TND):
+        from tandem.kernels.attention.triton_backward import attention_backward
+
+        assert out_TND is not None
+        grad_TND = grad_TND if _can_be_copied_in_bulk(grad_TND) else grad_TND.contiguous()
+        grad_lse_NT = None if grad_lse_NT is None else grad_lse_NT.contiguous()
+        return attention_backward(grad_TND, grad_lse_NT, q_TND, k_SGD, v_SGD, out_TND, kept, its_plan, scale, grad_start)
+    tasks = its_plan.tasks(grad_start)
+    dq, dk, dv = reference.attention_backward(grad_TND, grad_lse_NT, q_TND, k_SGD, v_SGD, kept, tasks, scale)
+    dk[:grad_start], dv[:grad_start] = 0, 0
+    return dq, dk, dv
+
+
+@_forward.register_fake
+def _(
+    q_TND: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, plan: int, scale: float, grad_start: int, with_lse: bool, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (num_queries, num_heads, _), its_plan = q_TND.shape, plan_of(plan)
+    dtype = torch.float64 if q_TND.dtype == torch.float64 else torch.float32
+    out_TND = q_TND.new_empty((num_queries, num_heads, v_SGD.shape[2]))
+    shape: tuple[int, ...] = (0,)
+    if keep and runs_triton(q_TND):
+        shape = num_heads, its_plan.num_padded_queries
+    elif keep and _hands_over_probs(grad_start):
+        shape = (sum(reference.kept_sizes(its_plan.tasks(), num_heads)),)
+    lse_NT = q_TND.new_empty((num_heads, num_queries) if with_lse else (0,), dtype=dtype)
+    return out_TND, lse_NT, q_TND.new_empty(shape, dtype=dtype)
+
+
+@_backward.register_fake
+def _(
+    grad_TND: torch.Tensor, grad_lse_NT: torch.Tensor | None, q_TND: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_TND, k_SGD, v_SGD))
+    return dq, dk, dv
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    q_TND, k_SGD, v_SGD, number, ctx.scale, ctx.grad_start, with_lse, _ = inputs
+    out_TND, lse_NT, kept = output
+    ctx.plan = plan_of(number)  # so that it lives until the backward pass
+    ctx.save_for_backward(q_TND, k_SGD, v_SGD, out_TND if runs_triton(q_TND) else None, kept)
+    ctx.mark_non_differentiable(kept, *(() if with_lse else (lse_NT,)))
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_TND: torch.Tensor | None, grad_lse_NT: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
+    q_TND, k_SGD, v_SGD, out_TND, kept = ctx.saved_tensors
+    if grad_TND is None:
+        grad_TND = q_TND.new_zeros((*q_TND.shape[:2], v_SGD.shape[2]))
+    gradients = _backward(grad_TND, grad_lse_NT, q_TND, k_SGD, v_SGD, out_TND, kept, ctx.plan.number, ctx.scale, ctx.grad_start)
+    return *gradients, *[None] * 5
+
+
+_forward.register_autograd(_gradients, keep=_keep)

@@ -3,6 +3,9 @@
 Shapes: T queries, S keys.
 """
 
+import itertools
+import weakref
+
 import numpy as np
 import torch
 
@@ -11,6 +14,9 @@ from tandem.kernels.attention.tiles import Ints, TilePlan, plan_tiles, to_device
 
 # The places and ends that kernels read are padded to a multiple of it, a multiple of every tile's size.
 PADDING = 128
+
+_numbers = itertools.count()
+_plans: "weakref.WeakValueDictionary[int, AttentionPlan]" = weakref.WeakValueDictionary()
 
 
 class AttentionPlan:
@@ -23,6 +29,9 @@ class AttentionPlan:
         self._tasks: dict[int, TaskPlan] = {}
         self._tiles: dict[tuple[int, int, int], TilePlan] = {}
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.number = next(_numbers)
+        """By which operators of torch name it: they take tensors and numbers only. `plan_of` finds it while it lives."""
+        _plans[self.number] = self
 
     def num_rows_below(self, place: int) -> int:
         """The leading rows of q whose place among the keys is below this one."""
@@ -42,6 +51,11 @@ class AttentionPlan:
             self._tiles[key] = plan_tiles(self._positions_T, self._visible_end_S, block_q, block_k, grad_start, self.device)
         return self._tiles[key]
 
+    @property
+    def num_padded_queries(self) -> int:
+        """Of what kernels read and write for each query."""
+        return -(-self.num_queries // PADDING) * PADDING
+
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The queries' places, padded with -1, and the keys' visible ends, padded with 0; int32 on the device."""
         if self._places is None:
@@ -52,6 +66,11 @@ class AttentionPlan:
         padded = np.full(-(-len(values) // PADDING) * PADDING, filling)
         padded[: len(values)] = values
         return to_device(padded, self.device)
+
+
+def plan_of(number: int) -> AttentionPlan:
+    """The living plan of this number."""
+    return _plans[number]
 
 
 def plan_attention(

@@ -257,21 +257,28 @@ def _scores(q: torch.Tensor, k: torch.Tensor, batch: Batch, num_groups: int, sca
     return torch.bmm(q, k.transpose(1, 2)).mul_(scale).add_(bias.reshape(-1, q.shape[1], num_keys))
 
 
+def kept_sizes(plan: TaskPlan, num_heads: int) -> list[int]:
+    """Of each batch, how many probabilities `attention_forward` keeps if asked to."""
+    if not plan.keeps_probs:
+        return []
+    return [num_heads * len(group.tasks) * group.num_queries * group.num_keys for group in plan.groups]
+
+
 def attention_forward(
     q_TND: torch.Tensor, k_SGD: torch.Tensor, v_SGD: torch.Tensor, plan: TaskPlan, scale: float, *, keep: bool, with_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]:
-    """The output, the log-sum-exp [N, T] in nats if asked for, and the probabilities that the backward pass takes over."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """The output, the log-sum-exp [N, T] in nats if asked for, and the probabilities that the backward pass takes over, end to end."""
     num_groups = k_SGD.shape[1]
     q1, k1, v1 = _with_zero_row(q_TND), _with_zero_row(k_SGD), _with_zero_row(v_SGD)
-    outputs, lses, kept = [], [], []
+    outputs, lses, sizes = [], [], kept_sizes(plan, q1.shape[1]) if keep else []
+    kept = q1.new_empty(sum(sizes))
+    rest = iter(kept.split(sizes))
     for batch in plan.batches():
         scores = _scores(_queries(q1, batch, num_groups), _keys(k1, batch), batch, num_groups, scale)
         if with_lse:
             lses.append(_rows(scores.logsumexp(-1)[:, :, None], batch, num_groups, batch.num_queries))
-        probs = torch.softmax(scores, dim=-1)
+        probs = torch.softmax(scores, dim=-1, out=next(rest).view_as(scores)) if sizes else torch.softmax(scores, dim=-1)
         outputs.append(_rows(torch.bmm(probs, _keys(v1, batch)), batch, num_groups, batch.num_queries))
-        if keep and plan.keeps_probs:
-            kept.append(probs)
     outputs.append(q1.new_zeros((1, q1.shape[1], v1.shape[2])))
     out_TND = torch.cat(outputs).index_select(0, plan.output_index_T).to(q_TND.dtype)
     if not with_lse:
@@ -286,19 +293,23 @@ def attention_backward(
     q_TND: torch.Tensor,
     k_SGD: torch.Tensor,
     v_SGD: torch.Tensor,
-    kept_probs: Sequence[torch.Tensor],
+    kept: torch.Tensor,
     plan: TaskPlan,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, each in its own dtype. `kept_probs`: those that the forward pass kept by this plan, or none."""
+    """Gradients of q, k and v, each in its own dtype. `kept`: the probabilities that the forward pass kept by this plan, or none."""
     num_groups = k_SGD.shape[1]
+    kept_probs = kept.split(kept_sizes(plan, q_TND.shape[1])) if len(kept) else ()
     q1, k1, v1, g1 = (_with_zero_row(x) for x in (q_TND, k_SGD, v_SGD, grad_TND))
     lse1 = None if grad_lse_NT is None else _with_zero_row(grad_lse_NT.T[:, :, None])
     dq_parts, dk_parts, dv_parts = [], [], []
     dk_sum, dv_sum = torch.zeros_like(k1), torch.zeros_like(v1)
     for i, batch in enumerate(plan.batches()):
         q, k, v, g = _queries(q1, batch, num_groups), _keys(k1, batch), _keys(v1, batch), _queries(g1, batch, num_groups)
-        probs = kept_probs[i] if kept_probs else torch.softmax(_scores(q, k, batch, num_groups, scale), dim=-1)
+        if kept_probs:
+            probs = kept_probs[i].view(k.shape[0], -1, k.shape[1])
+        else:
+            probs = torch.softmax(_scores(q, k, batch, num_groups, scale), dim=-1)
         num_queries, num_keys = batch.num_queries, batch.num_keys
         dv = _rows(torch.bmm(probs.transpose(1, 2), g), batch, num_groups, num_keys)
         dscores = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), probs, -1, probs.dtype)

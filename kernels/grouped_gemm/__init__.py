@@ -10,6 +10,7 @@ import torch
 
 from tandem.kernels.backend import runs_triton
 from tandem.kernels.grouped_gemm import reference
+from tandem.kernels.operators import operator
 
 __all__ = ["grouped_linear"]
 
@@ -28,7 +29,7 @@ def grouped_linear(x_MH: torch.Tensor, weights_EFH: Sequence[torch.Tensor], offs
     Raises: ValueError if shapes, dtypes or devices do not fit.
     """
     _check(x_MH, weights_EFH, offsets_E1)
-    return _GroupedLinear.apply(x_MH, offsets_E1, *weights_EFH)
+    return _forward(x_MH, weights_EFH, offsets_E1)
 
 
 def _check(x_MH: torch.Tensor, weights_EFH: Sequence[torch.Tensor], offsets_E1: torch.Tensor) -> None:
@@ -51,28 +52,57 @@ def _check(x_MH: torch.Tensor, weights_EFH: Sequence[torch.Tensor], offsets_E1: 
             raise ValueError(f"offsets_E1 is {ends[:8]}…, ending at {ends[-1]}; it must rise from 0 to {len(x_MH)}, the rows of x_MH")
 
 
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_MH: torch.Tensor, offsets_E1: torch.Tensor, *weights_EFH: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x_MH, offsets_E1, *weights_EFH)
-        if runs_triton(x_MH):
-            from tandem.kernels.grouped_gemm import triton
+@operator("grouped_linear")
+def _forward(x_MH: torch.Tensor, weights_EFH: Sequence[torch.Tensor], offsets_E1: torch.Tensor) -> torch.Tensor:
+    return _implementation(x_MH).forward(x_MH, weights_EFH, offsets_E1)
 
-            return triton.forward(x_MH, weights_EFH, offsets_E1)
-        return reference.forward(x_MH, weights_EFH, offsets_E1)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        x_MH, offsets_E1, *weights_EFH = ctx.saved_tensors
-        (grad_MF,) = grad_outputs
-        implementation: Any = reference
-        if runs_triton(x_MH):
-            from tandem.kernels.grouped_gemm import triton
+@operator("grouped_linear_grad_rows")
+def _grad_rows(grad_MF: torch.Tensor, weights_EFH: Sequence[torch.Tensor], offsets_E1: torch.Tensor) -> torch.Tensor:
+    return _implementation(grad_MF).grad_rows(grad_MF, weights_EFH, offsets_E1)
 
-            implementation = triton
-        needs_x, _, *need_weights = ctx.needs_input_grad
-        grad_MH = implementation.grad_rows(grad_MF, weights_EFH, offsets_E1) if needs_x else None
-        if not any(need_weights):
-            return grad_MH, None, *([None] * len(weights_EFH))
-        grads_EFH = implementation.grad_weights(grad_MF, x_MH, offsets_E1)
-        return grad_MH, None, *(grads_EFH[e] if needs else None for e, needs in enumerate(need_weights))
+
+@operator("grouped_linear_grad_weights")
+def _grad_weights(grad_MF: torch.Tensor, x_MH: torch.Tensor, offsets_E1: torch.Tensor) -> torch.Tensor:
+    return _implementation(x_MH).grad_weights(grad_MF, x_MH, offsets_E1)
+
+
+def _implementation(x_MH: torch.Tensor) -> Any:
+    if runs_triton(x_MH):
+        from tandem.kernels.grouped_gemm import triton
+
+        return triton
+    return reference
+
+
+@_forward.register_fake
+def _(x_MH: torch.Tensor, weights_EFH: Sequence[torch.Tensor], offsets_E1: torch.Tensor) -> torch.Tensor:
+    return x_MH.new_empty((len(x_MH), len(weights_EFH[0])))
+
+
+@_grad_rows.register_fake
+def _(grad_MF: torch.Tensor, weights_EFH: Sequence[torch.Tensor], offsets_E1: torch.Tensor) -> torch.Tensor:
+    return grad_MF.new_empty((len(grad_MF), weights_EFH[0].shape[1]))
+
+
+@_grad_weights.register_fake
+def _(grad_MF: torch.Tensor, x_MH: torch.Tensor, offsets_E1: torch.Tensor) -> torch.Tensor:
+    return x_MH.new_empty((len(offsets_E1) - 1, grad_MF.shape[1], x_MH.shape[1]))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x_MH, weights_EFH, offsets_E1 = inputs
+    ctx.save_for_backward(x_MH, offsets_E1, *weights_EFH)
+
+
+def _gradients(ctx: Any, grad_MF: torch.Tensor) -> tuple[torch.Tensor | Sequence[torch.Tensor | None] | None, ...]:
+    x_MH, offsets_E1, *weights_EFH = ctx.saved_tensors
+    needs_x, need_weights, _ = ctx.needs_input_grad
+    grad_MH = _grad_rows(grad_MF, weights_EFH, offsets_E1) if needs_x else None
+    if not any(need_weights):
+        return grad_MH, [None] * len(weights_EFH), None
+    grads_EFH = _grad_weights(grad_MF, x_MH, offsets_E1)
+    return grad_MH, [grads_EFH[e] if needs else None for e, needs in enumerate(need_weights)], None
+
+
+_forward.register_autograd(_gradients, keep=_keep)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tandem.kernels.backend import check_dtype, runs_triton
+from tandem.kernels.operators import operator
 from tandem.kernels.permute import reference
 
 __all__ = ["Plan", "chunk_plan", "gather_weights", "permute", "route", "unpermute"]
@@ -40,11 +41,7 @@ def route(map_TE: torch.Tensor, *, num_rows: int, max_per_token: int) -> Plan:
         if found != num_rows or most > max_per_token:
             wanted = f"num_rows is {num_rows} and max_per_token {max_per_token}"
             raise ValueError(f"map_TE sends {found} rows, at most {most} of one token, but {wanted}")
-    if runs_triton(map_TE):
-        from tandem.kernels.permute import triton
-
-        return Plan(*triton.route(map_TE, num_rows, max_per_token))
-    return Plan(*reference.route(map_TE, max_per_token))
+    return Plan(*_route(map_TE, num_rows, max_per_token))
 
 
 def chunk_plan(lengths_C: torch.Tensor, order_C: torch.Tensor, *, num_rows: int) -> Plan:
@@ -72,7 +69,7 @@ def chunk_plan(lengths_C: torch.Tensor, order_C: torch.Tensor, *, num_rows: int)
 def permute(x_TH: torch.Tensor, plan: Plan) -> torch.Tensor:
     """[M, H]: a copy of its token for each row. The gradient of a token is the sum of its rows' in fp32, in the order of its experts."""
     _check("x_TH", x_TH, len(plan.place_TK), plan)
-    return _Permute.apply(x_TH, plan)
+    return _gather(x_TH, plan.source_M, plan.place_TK)
 
 
 def unpermute(y_MH: torch.Tensor, plan: Plan, weights_M: torch.Tensor | None = None) -> torch.Tensor:
@@ -83,11 +80,11 @@ def unpermute(y_MH: torch.Tensor, plan: Plan, weights_M: torch.Tensor | None = N
     """
     _check("y_MH", y_MH, len(plan.source_M), plan)
     if weights_M is None:
-        return _Unpermute.apply(y_MH, plan)
+        return _gather_sum(y_MH, None, plan.source_M, plan.place_TK)
     if weights_M.shape != y_MH.shape[:1] or weights_M.dtype != torch.float32 or weights_M.device != y_MH.device:
         found = f"{tuple(weights_M.shape)} {weights_M.dtype} on {weights_M.device}"
         raise ValueError(f"weights_M is {found}; it must be ({len(y_MH)},) torch.float32 on {y_MH.device}, one for each row of y_MH")
-    return _UnpermuteWeighted.apply(y_MH, weights_M, plan)
+    return _gather_sum(y_MH, weights_M, plan.source_M, plan.place_TK)
 
 
 def gather_weights(weights_TE: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -109,6 +106,30 @@ def _check(name: str, rows: torch.Tensor, num_rows: int, plan: Plan) -> None:
         raise ValueError(f"{name} is {found}; the plan needs {num_rows} rows on {plan.source_M.device}")
 
 
+@operator("route")
+def _route(map_TE: torch.Tensor, num_rows: int, max_per_token: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _implementation(map_TE).route(map_TE, num_rows, max_per_token)
+
+
+@operator("permute_gather")
+def _gather(rows_GH: torch.Tensor, source_M: torch.Tensor, place_TK: torch.Tensor) -> torch.Tensor:
+    """[M, H]. G is T, the tokens, whose `place_TK` the gradient needs."""
+    return _implementation(rows_GH).gather(rows_GH, source_M)
+
+
+@operator("permute_gather_sum")
+def _gather_sum(rows_MH: torch.Tensor, weights_M: torch.Tensor | None, source_M: torch.Tensor, place_TK: torch.Tensor) -> torch.Tensor:
+    """[T, H]."""
+    return _implementation(rows_MH).gather_sum(rows_MH, place_TK, weights_M)
+
+
+@operator("unpermute_backward")
+def _unpermute_gradients(
+    grad_TH: torch.Tensor, y_MH: torch.Tensor, weights_M: torch.Tensor, source_M: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _implementation(y_MH).unpermute_gradients(grad_TH, y_MH, weights_M, source_M)
+
+
 def _implementation(rows: torch.Tensor) -> Any:
     if runs_triton(rows):
         from tandem.kernels.permute import triton
@@ -117,39 +138,50 @@ def _implementation(rows: torch.Tensor) -> Any:
     return reference
 
 
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TH: torch.Tensor, plan: Plan) -> torch.Tensor:
-        ctx.plan = plan
-        return _implementation(x_TH).gather(x_TH, plan.source_M)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_MH,) = grad_outputs
-        return _implementation(grad_MH).gather_sum(grad_MH, ctx.plan.place_TK, None), None
+@_route.register_fake
+def _(map_TE: torch.Tensor, num_rows: int, max_per_token: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_tokens, num_experts = map_TE.shape
+    source_M, place_TK, offsets_E1 = (
+        map_TE.new_empty(shape, dtype=torch.int32) for shape in ((num_rows,), (num_tokens, max_per_token), (num_experts + 1,))
+    )
+    return source_M, place_TK, offsets_E1
 
 
-class _Unpermute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_MH: torch.Tensor, plan: Plan) -> torch.Tensor:
-        ctx.plan = plan
-        return _implementation(y_MH).gather_sum(y_MH, plan.place_TK, None)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_TH,) = grad_outputs
-        return _implementation(grad_TH).gather(grad_TH, ctx.plan.source_M), None
+@_gather.register_fake
+def _(rows_GH: torch.Tensor, source_M: torch.Tensor, place_TK: torch.Tensor) -> torch.Tensor:
+    return rows_GH.new_empty((len(source_M), rows_GH.shape[1]))
 
 
-class _UnpermuteWeighted(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_MH: torch.Tensor, weights_M: torch.Tensor, plan: Plan) -> torch.Tensor:
-        ctx.plan = plan
-        ctx.save_for_backward(y_MH, weights_M)
-        return _implementation(y_MH).gather_sum(y_MH, plan.place_TK, weights_M)
+@_gather_sum.register_fake
+def _(rows_MH: torch.Tensor, weights_M: torch.Tensor | None, source_M: torch.Tensor, place_TK: torch.Tensor) -> torch.Tensor:
+    return rows_MH.new_empty((len(place_TK), rows_MH.shape[1]))
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        y_MH, weights_M = ctx.saved_tensors
-        (grad_TH,) = grad_outputs
-        return *_implementation(y_MH).unpermute_gradients(grad_TH, y_MH, weights_M, ctx.plan.source_M), None
+
+@_unpermute_gradients.register_fake
+def _(grad_TH: torch.Tensor, y_MH: torch.Tensor, weights_M: torch.Tensor, source_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(y_MH, memory_format=torch.contiguous_format), torch.empty_like(weights_M)
+
+
+def _keep_plan(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    _, *plan = inputs
+    ctx.save_for_backward(*plan)
+
+
+def _summed_back(ctx: Any, grad_MH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return _gather_sum(grad_MH, None, *ctx.saved_tensors), None, None
+
+
+def _keep_rows(ctx: Any, inputs: tuple[torch.Tensor | None, ...], output: torch.Tensor) -> None:
+    y_MH, weights_M, source_M, place_TK = inputs
+    ctx.is_weighted = weights_M is not None
+    ctx.save_for_backward(*((y_MH, weights_M, source_M) if ctx.is_weighted else (source_M, place_TK)))
+
+
+def _spread_back(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    if ctx.is_weighted:
+        return *_unpermute_gradients(grad_TH, *ctx.saved_tensors), None, None
+    return _gather(grad_TH, *ctx.saved_tensors), None, None, None
+
+
+_gather.register_autograd(_summed_back, keep=_keep_plan)
+_gather_sum.register_autograd(_spread_back, keep=_keep_rows)

@@ -3,8 +3,8 @@
 import torch
 
 
-def route(map_TE: torch.Tensor, max_per_token: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(source_M, place_TK, offsets_E1)."""
+def route(map_TE: torch.Tensor, num_rows: int, max_per_token: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(source_M, place_TK, offsets_E1). `num_rows` is what the map has."""
     offsets_E1 = torch.nn.functional.pad(map_TE.sum(0).cumsum(0), (1, 0))
     _, source_M = map_TE.T.nonzero(as_tuple=True)
     token_M, expert_M = map_TE.nonzero(as_tuple=True)

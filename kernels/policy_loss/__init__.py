@@ -12,6 +12,7 @@ from tandem.kernels.backend import runs_native, runs_triton
 from tandem.kernels.native import library_for
 from tandem.kernels.operators import operator
 from tandem.kernels.policy_loss import cuda, reference
+from tandem.kernels.policy_loss.inputs import VARIANTS, Responses, Tokens
 
 __all__ = ["Baseline", "Variant", "group_statistics", "normaliser_of", "policy_loss"]
 
@@ -65,34 +66,18 @@ def group_statistics(
     _check_offsets("cu_groups", cu_groups, None, num_responses, base_rewards_R.device)
     if baseline == "log_mean_exp" and tau <= 0:
         raise ValueError(f"tau is {tau}; baseline=log_mean_exp divides by it, so it must be positive")
-    length_rewards_R, rewards_R, advantages_R = _group_statistics(
-        base_rewards_R, lengths_R, correct_R, graded_R, cu_groups, length_weight, baseline, tau, normalise_std
-    )
-    return length_rewards_R, rewards_R, advantages_R
+    return _group_statistics(base_rewards_R, lengths_R, correct_R, graded_R, cu_groups, length_weight, baseline, tau, normalise_std)
 
 
-@operator("group_statistics")
-def _group_statistics(
-    base_rewards_R: torch.Tensor,
-    lengths_R: torch.Tensor,
-    correct_R: torch.Tensor,
-    graded_R: torch.Tensor,
-    cu_groups: torch.Tensor,
-    length_weight: float,
-    baseline: str,
-    tau: float,
-    normalise_std: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = (base_rewards_R, lengths_R, correct_R, graded_R, cu_groups)
-    options: Any = {"length_weight": length_weight, "baseline": baseline, "tau": tau, "normalise_std": normalise_std}
-    if runs_triton(base_rewards_R):
+@operator("group_statistics", Responses)
+def _group_statistics(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = Responses(*arguments)
+    if runs_triton(x.base_rewards_R):
         from tandem.kernels.policy_loss import triton
 
-        return triton.group_statistics(*inputs, **options)
-    library = library_for(base_rewards_R) if runs_native(base_rewards_R) else None
-    if library is not None:
-        return cuda.group_statistics(library, *inputs, **options)
-    return reference.group_statistics(*inputs, **options)
+        return triton.group_statistics(x)
+    library = library_for(x.base_rewards_R) if runs_native(x.base_rewards_R) else None
+    return reference.group_statistics(x) if library is None else cuda.group_statistics(library, x)
 
 
 @_group_statistics.register_fake
@@ -151,8 +136,8 @@ def policy_loss(
     Returns: loss_R, [R] fp32, not averaged (see `normaliser_of`). Differentiable in logprobs_T only.
     Raises: ValueError if shapes, dtypes or devices do not fit, or for an unknown variant.
     """
-    if variant not in cuda.VARIANTS:
-        raise ValueError(f"variant is {variant!r}; it must be {', '.join(cuda.VARIANTS)}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; it must be {', '.join(VARIANTS)}")
     device, shape = logprobs_T.device, tuple(logprobs_T.shape)
     dtype = logprobs_T.dtype if logprobs_T.dtype == torch.float64 else torch.float32  # fp64: the reference, for checks
     for name, tensor in (("logprobs_T", logprobs_T), ("reference_logprobs_T", reference_logprobs_T)):
@@ -164,34 +149,23 @@ def policy_loss(
         _check_tensor("importance_weights_T", importance_weights_T, shape, dtype, device)
     _check_offsets("cu_seqlens", cu_seqlens, advantages_R.shape[0], logprobs_T.shape[0], device)
     constants = (reference_logprobs_T.detach(), advantages_R, cu_seqlens, loss_mask_T, importance_weights_T)
+    x = Tokens(logprobs_T, *constants, variant, tau, clip_low, clip_high)
     if dtype == torch.float32 and (runs_triton(logprobs_T) or (runs_native(logprobs_T) and library_for(logprobs_T) is not None)):
-        return _loss_and_coefficients(logprobs_T, *constants, variant, tau, clip_low, clip_high)[0]
-    return reference.policy_loss(logprobs_T, *constants, variant=variant, tau=tau, clip_low=clip_low, clip_high=clip_high)
+        return _loss_and_coefficients(*x)[0]
+    return reference.policy_loss(x)
 
 
-@operator("policy_loss")
-def _loss_and_coefficients(
-    logprobs_T: torch.Tensor,
-    reference_logprobs_T: torch.Tensor,
-    advantages_R: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    loss_mask_T: torch.Tensor | None,
-    importance_weights_T: torch.Tensor | None,
-    variant: str,
-    tau: float,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@operator("policy_loss", Tokens)
+def _loss_and_coefficients(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss_R, d loss / d logprobs_T)."""
-    inputs = (logprobs_T, reference_logprobs_T, advantages_R, cu_seqlens, loss_mask_T, importance_weights_T)
-    options: Any = {"variant": variant, "tau": tau, "clip_low": clip_low, "clip_high": clip_high}
-    if runs_triton(logprobs_T):
+    x = Tokens(*arguments)
+    if runs_triton(x.logprobs_T):
         from tandem.kernels.policy_loss import triton
 
-        return triton.loss_and_coefficients(*inputs, **options)
-    library = library_for(logprobs_T)
+        return triton.loss_and_coefficients(x)
+    library = library_for(x.logprobs_T)
     assert library is not None
-    return cuda.loss_and_coefficients(library, *inputs, **options)
+    return cuda.loss_and_coefficients(library, x)
 
 
 @_loss_and_coefficients.register_fake

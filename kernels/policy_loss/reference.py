@@ -5,23 +5,15 @@ Shapes: T tokens, R responses, G groups.
 
 import torch
 
+from tandem.kernels.policy_loss.inputs import Responses, Tokens
+
 # Keeps the division finite where the standard deviation is tiny but not 0.
 STD_EPS = 1e-6
 
 
-def group_statistics(
-    base_rewards_R: torch.Tensor,
-    lengths_R: torch.Tensor,
-    correct_R: torch.Tensor,
-    graded_R: torch.Tensor,
-    cu_groups: torch.Tensor,
-    *,
-    length_weight: float,
-    baseline: str,
-    tau: float,
-    normalise_std: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def group_statistics(x: Responses) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(length_rewards_R, rewards_R, advantages_R); see the package."""
+    base_rewards_R, lengths_R, correct_R, graded_R, cu_groups, length_weight, baseline, tau, normalise_std = x
     num_groups, infinity = len(cu_groups) - 1, float("inf")
     group_R = torch.repeat_interleave(torch.arange(num_groups, device=cu_groups.device), cu_groups.diff().long())
     zeros_G = torch.zeros(num_groups, dtype=torch.float64, device=cu_groups.device)
@@ -52,20 +44,9 @@ def group_statistics(
     return length_rewards_R, rewards_R, torch.where(graded_R, advantages_R, 0.0).float()
 
 
-def policy_loss(
-    logprobs_T: torch.Tensor,
-    reference_logprobs_T: torch.Tensor,
-    advantages_R: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    loss_mask_T: torch.Tensor | None,
-    importance_weights_T: torch.Tensor | None,
-    *,
-    variant: str,
-    tau: float,
-    clip_low: float,
-    clip_high: float,
-) -> torch.Tensor:
+def policy_loss(x: Tokens) -> torch.Tensor:
     """loss_R; see the package."""
+    logprobs_T, reference_logprobs_T, advantages_R, cu_seqlens, loss_mask_T, importance_weights_T, variant, tau, clip_low, clip_high = x
     num_responses, dtype = advantages_R.shape[0], logprobs_T.dtype
     lengths_R = cu_seqlens.diff().long()
     response_T = torch.repeat_interleave(torch.arange(num_responses, device=logprobs_T.device), lengths_R)

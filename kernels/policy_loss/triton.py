@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tandem.kernels.policy_loss.cuda import VARIANTS
+from tandem.kernels.policy_loss.inputs import VARIANTS, Responses, Tokens
 
 TOKENS_PER_TILE = 1024
 RESPONSES_PER_TILE = 64
@@ -117,36 +117,24 @@ def _loss_kernel(
         tl.store(coefficients + t, tl.where(trained, slope, 0.0).to(tl.float32), mask=t < end)
 
 
-def loss_and_coefficients(
-    logprobs_T: torch.Tensor,
-    reference_logprobs_T: torch.Tensor,
-    advantages_R: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    loss_mask_T: torch.Tensor | None,
-    importance_weights_T: torch.Tensor | None,
-    *,
-    variant: str,
-    tau: float,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_and_coefficients(x: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss_R, d loss / d logprobs_T), fp32."""
-    assert variant in VARIANTS
-    inputs = [tensor.contiguous() for tensor in (logprobs_T, reference_logprobs_T, advantages_R, cu_seqlens)]
+    assert x.variant in VARIANTS
+    inputs = [tensor.contiguous() for tensor in x[:4]]
     losses_R, coefficients_T = torch.empty_like(inputs[2]), torch.empty_like(inputs[0])
     if len(losses_R):
         _loss_kernel[(len(losses_R),)](
             *inputs,
-            loss_mask_T.contiguous().view(torch.uint8) if loss_mask_T is not None else inputs[0],
-            importance_weights_T.contiguous() if importance_weights_T is not None else inputs[0],
+            x.loss_mask_T.contiguous().view(torch.uint8) if x.loss_mask_T is not None else inputs[0],
+            x.importance_weights_T.contiguous() if x.importance_weights_T is not None else inputs[0],
             losses_R,
             coefficients_T,
-            tau,
-            clip_low,
-            clip_high,
-            VARIANT=variant,
-            HAS_MASK=loss_mask_T is not None,
-            HAS_WEIGHTS=importance_weights_T is not None,
+            x.tau,
+            x.clip_low,
+            x.clip_high,
+            VARIANT=x.variant,
+            HAS_MASK=x.loss_mask_T is not None,
+            HAS_WEIGHTS=x.importance_weights_T is not None,
             TILE=TOKENS_PER_TILE,
         )
     return losses_R, coefficients_T
@@ -229,34 +217,23 @@ def _group_kernel(
         tl.store(advantages + i, tl.where(known, (below - baseline) / scale, 0.0).to(tl.float32), mask=i < end)
 
 
-def group_statistics(
-    base_rewards_R: torch.Tensor,
-    lengths_R: torch.Tensor,
-    correct_R: torch.Tensor,
-    graded_R: torch.Tensor,
-    cu_groups: torch.Tensor,
-    *,
-    length_weight: float,
-    baseline: str,
-    tau: float,
-    normalise_std: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def group_statistics(x: Responses) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(length_rewards_R, rewards_R, advantages_R), fp32."""
-    length_rewards_R, rewards_R, advantages_R = (torch.empty_like(base_rewards_R) for _ in range(3))
-    if len(cu_groups) > 1:
-        _group_kernel[(len(cu_groups) - 1,)](
-            base_rewards_R.contiguous(),
-            lengths_R.contiguous(),
-            correct_R.contiguous().view(torch.uint8),
-            graded_R.contiguous().view(torch.uint8),
-            cu_groups.contiguous(),
+    length_rewards_R, rewards_R, advantages_R = (torch.empty_like(x.base_rewards_R) for _ in range(3))
+    if len(x.cu_groups) > 1:
+        _group_kernel[(len(x.cu_groups) - 1,)](
+            x.base_rewards_R.contiguous(),
+            x.lengths_R.contiguous(),
+            x.correct_R.contiguous().view(torch.uint8),
+            x.graded_R.contiguous().view(torch.uint8),
+            x.cu_groups.contiguous(),
             length_rewards_R,
             rewards_R,
             advantages_R,
-            length_weight,
-            tau,
-            LOG_MEAN_EXP=baseline == "log_mean_exp",
-            NORMALISE_STD=normalise_std,
+            x.length_weight,
+            x.tau,
+            LOG_MEAN_EXP=x.baseline == "log_mean_exp",
+            NORMALISE_STD=x.normalise_std,
             TILE=RESPONSES_PER_TILE,
         )
     return length_rewards_R, rewards_R, advantages_R

@@ -11,11 +11,13 @@ Shapes: B rows of a batch, R responses, T tokens of all of them.
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from tandem.kernels.backend import runs_triton
+from tandem.kernels.operators import operator
 from tandem.kernels.repetition import reference
 from tandem.kernels.repetition.reference import BatchedDetector, Rule
 
@@ -94,6 +96,22 @@ def first_repetition(tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, rule: Rul
     """
     _check_tokens("tokens_T", tokens_T)
     _check_offsets(tokens_T, cu_seqlens)
+    return _first_repetition(
+        tokens_T, cu_seqlens, rule.max_period, rule.min_repeats, rule.min_tokens, rule.ngram, float(rule.ngram_threshold)
+    )
+
+
+@operator("first_repetition")
+def _first_repetition(
+    tokens_T: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_period: int,
+    min_repeats: int,
+    min_tokens: int,
+    ngram: int,
+    ngram_threshold: float,
+) -> torch.Tensor:
+    rule = Rule(max_period=max_period, min_repeats=min_repeats, min_tokens=min_tokens, ngram=ngram, ngram_threshold=ngram_threshold)
     if runs_triton(tokens_T):
         from tandem.kernels.repetition import triton
 
@@ -101,6 +119,11 @@ def first_repetition(tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, rule: Rul
     tokens, bounds = tokens_T.cpu().long().numpy(), cu_seqlens.tolist()
     found = [reference.first_repetition(tokens[start:end], rule) for start, end in itertools.pairwise(bounds)]
     return torch.tensor(found, dtype=torch.int64, device=tokens_T.device)
+
+
+@_first_repetition.register_fake
+def _(tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, *_: Any) -> torch.Tensor:
+    return tokens_T.new_empty((len(cu_seqlens) - 1,), dtype=torch.int64)
 
 
 def _check_tokens(name: str, tokens: torch.Tensor) -> None:

@@ -20,16 +20,19 @@ import torch
 import triton
 
 from tandem.kernels.adamw import FusedAdamW, Tensors
-from tandem.kernels.attention import packed_attention, plan_attention
+from tandem.kernels.attention import plan_attention
+from tandem.kernels.attention.triton import attention_forward
+from tandem.kernels.attention.triton_backward import attention_backward
 from tandem.kernels.backend import chosen
-from tandem.kernels.grouped_gemm import grouped_linear
+from tandem.kernels.grouped_gemm import triton as grouped_gemm
 from tandem.kernels.logprob import triton as logprob
 from tandem.kernels.norm import triton as norm
 from tandem.kernels.packing import CASTS, Packer, Part
-from tandem.kernels.permute import gather_weights, permute, route, unpermute
+from tandem.kernels.permute import triton as permute
 from tandem.kernels.policy_loss import triton as policy_loss
-from tandem.kernels.policy_loss.cuda import VARIANTS
-from tandem.kernels.repetition import Detector, Rule, first_repetition
+from tandem.kernels.policy_loss.inputs import VARIANTS, Responses, Tokens
+from tandem.kernels.repetition import Detector, Rule
+from tandem.kernels.repetition.triton import first_repetition
 from tandem.kernels.rope import triton as rope
 from tandem.kernels.swiglu import triton as swiglu
 from tests.kernels.offline import SHARED_MEMORY_LIMIT, TENSOR_CORES, Chip, Compiled, compiling
@@ -63,13 +66,10 @@ def ints(*shape: int) -> Any:
 
 
 def _attention(width: int, value_width: int, dtype: torch.dtype, *, with_lse: bool = False) -> None:
-    visible_end = torch.full((1024,), 1024)
-    q, k, v = (meta(1024, n, d, dtype=dtype).requires_grad_() for n, d in ((8, width), (2, width), (2, value_width)))
-    plan = plan_attention(visible_end, device=torch.device("meta"))
-    with chosen("triton"):
-        out, lse = packed_attention(q, k, v, visible_end, plan=plan, return_lse=True)
-        grads = (torch.empty_like(out), torch.empty_like(lse)) if with_lse else (torch.empty_like(out),)
-        torch.autograd.grad((out, lse)[: len(grads)], (q, k, v), grads)
+    q, k, v = (meta(1024, n, d, dtype=dtype) for n, d in ((8, width), (2, width), (2, value_width)))
+    plan = plan_attention(torch.full((1024,), 1024), device=torch.device("meta"))
+    out, lse = attention_forward(q, k, v, plan, width**-0.5)
+    attention_backward(torch.empty_like(out), torch.empty_like(lse) if with_lse else None, q, k, v, out, lse, plan, width**-0.5, 0)
 
 
 def _logprob(width: int, dtype: torch.dtype, *, with_entropy: bool) -> None:
@@ -94,14 +94,12 @@ def _row(length: int) -> Any:
 def _loss(variant: str, *, masked: bool, weighted: bool) -> None:
     row, mask = _row(4096), meta(4096, dtype=torch.bool) if masked else None
     weights = row if weighted else None
-    options: Any = {"variant": variant, "tau": 0.1, "clip_low": 0.2, "clip_high": 0.2}
-    policy_loss.loss_and_coefficients(row, row, _row(8), ints(9), mask, weights, **options)
+    policy_loss.loss_and_coefficients(Tokens(row, row, _row(8), ints(9), mask, weights, variant, 0.1, 0.2, 0.2))
 
 
 def _groups(baseline: str, *, normalise_std: bool) -> None:
     flags = meta(4096, dtype=torch.bool)
-    options: Any = {"length_weight": 0.1, "tau": 0.1, "baseline": baseline, "normalise_std": normalise_std}
-    policy_loss.group_statistics(_row(4096), ints(4096), flags, flags, ints(9), **options)
+    policy_loss.group_statistics(Responses(_row(4096), ints(4096), flags, flags, ints(9), 0.1, baseline, 0.1, normalise_std))
 
 
 def _norm(width: int, dtype: torch.dtype) -> None:
@@ -125,22 +123,21 @@ def _rope(heads: int, width: int, dtype: torch.dtype) -> None:
 
 
 def _permute(experts: int, most: int, width: int, dtype: torch.dtype) -> None:
-    """Through the public functions: tensors without values show that nothing waits for one."""
     tokens, rows = 32_768, 32_768 * most
-    x, scores = meta(tokens, width, dtype=dtype).requires_grad_(), meta(tokens, experts, dtype=FP32).requires_grad_()
-    with chosen("triton"):
-        plan = route(meta(tokens, experts, dtype=torch.bool), num_rows=rows, max_per_token=most)
-        for weights in (None, gather_weights(scores, plan)):
-            out = unpermute(permute(x, plan), plan, weights)
-            torch.autograd.grad(out, [x] if weights is None else [x, scores], torch.empty_like(out))
+    x = meta(tokens, width, dtype=dtype)
+    source, place, _ = permute.route(meta(tokens, experts, dtype=torch.bool), rows, most)
+    y = permute.gather(x, source)
+    for weights in (None, _row(rows)):
+        permute.gather_sum(y, place, weights)
+    permute.unpermute_gradients(x, y, _row(rows), source)
 
 
 def _gemm(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
-    weights = [meta(outputs, inputs, dtype=dtype).requires_grad_() for _ in range(128)]
-    x = meta(rows, inputs, dtype=dtype).requires_grad_()
-    with chosen("triton"):
-        out = grouped_linear(x, weights, ints(len(weights) + 1))
-        torch.autograd.grad(out, [x, *weights], torch.empty_like(out))
+    weights, offsets = [meta(outputs, inputs, dtype=dtype) for _ in range(128)], ints(129)
+    x, grad = meta(rows, inputs, dtype=dtype), meta(rows, outputs, dtype=dtype)
+    grouped_gemm.forward(x, weights, offsets)
+    grouped_gemm.grad_rows(grad, weights, offsets)
+    grouped_gemm.grad_weights(grad, x, offsets)
 
 
 def _adamw(grad_dtype: torch.dtype, *, casts: bool) -> None:

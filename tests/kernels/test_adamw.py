@@ -273,32 +273,22 @@ from tests.kernels.offline import compiling
 from tandem.kernels.adamw import FusedAdamW, Tensors
 from tandem.kernels.adamw.triton import _step_kernel
 from tandem.kernels.backend import chosen
-f = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
-def step(grad, *blocks, **settings):
-    tensors = Tensors(f(4096, 4096), f(4096, 4096, dtype=grad), f(4096, 4096), f(4096, 4096), f(4096, 4096, dtype=torch.bfloat16), *blocks)
-    FusedAdamW().step([tensors], **({"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "num_steps": 1} | settings))
-step_kernels = lambda: [kernel for entry in _step_kernel.device_caches.values() for kernel in entry[0].values()]
-blocks = f(4096, 4096, dtype=torch.float8_e4m3fn), f(32, 32)
+f = lambda dtype=torch.float32: torch.empty(4096, 4096, dtype=dtype, device="meta")
+def step(**settings):
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "num_steps": 1} | settings
+    FusedAdamW().step([Tensors(f(), f(), f(), f(), f(torch.bfloat16))], **settings)
 with chosen("triton"), compiling(90) as compiled:
-    step(torch.float32, *blocks)
-    step(torch.bfloat16)
-    assert len(step_kernels()) == 2
-    step(torch.float32, lr=0.0, betas=(0.0, 0.5), eps=1.0, weight_decay=0.0)
-    step(torch.float32, lr=1.0, num_steps=16)
-    assert len(step_kernels()) == 2
-with chosen("triton"), compiling(80) as for_ampere:
-    step(torch.float32, *blocks)
-compiled += for_ampere
-for kernel in step_kernels():
-    ptx = kernel.asm["ptx"]
-    assert ptx.count("ld.global.v4.b32") >= 3 and ptx.count("st.global.v4.b32") == 3, ptx
+    step()
+    step(lr=0.0, betas=(0.0, 0.5), eps=1.0, weight_decay=0.0)
+    step(lr=1.0, num_steps=16)
+(kernel,) = [kernel for entry in _step_kernel.device_caches.values() for kernel in entry[0].values()]
+ptx = kernel.asm["ptx"]
+assert ptx.count("ld.global.v4.b32") >= 3 and ptx.count("st.global.v4.b32") == 3, ptx
 """
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="runs on the real chip instead")
-def test_it_compiles_once_for_all_settings_without_spills_and_reads_in_vectors() -> None:
+def test_it_compiles_once_for_all_settings_and_reads_in_vectors() -> None:
+    """Registers and spills are in the table of tests/kernels/compiled.py."""
     compiled = compile_offline(COMPILE)
-    assert [kernel.name for kernel in compiled] == ["_step_kernel", "_cast_kernel", *["_step_kernel"] * 4, "_cast_kernel"]
-    for kernel in compiled:
-        assert kernel.stack_bytes == kernel.opcodes["LDL"] == kernel.opcodes["STL"] == 0, kernel
-        assert kernel.registers <= (48 if kernel.name == "_step_kernel" else 128), kernel
+    assert [kernel.name for kernel in compiled] == ["_step_kernel"] * 3

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from tests.kernels.interpreter import DEVICE  # before any kernel
-from tests.kernels.offline import SHARED_MEMORY_LIMIT, compile_offline
 
 import torch  # isort: skip
 
@@ -240,36 +239,3 @@ def test_no_parts_and_empty_parts_write_nothing() -> None:
         empty = Part(source=torch.zeros(0, 5, device=DEVICE), start=8, dtype=torch.bfloat16)
         assert packed([empty], choice, spare=20).tolist() == [GUARD] * 20
     assert scale_shape(0, 5) == (0, 1)
-
-
-COMPILE = """
-import torch
-from tests.kernels.offline import compiling
-from tandem.kernels.backend import chosen
-from tandem.kernels.packing import CASTS, Packer, Part
-f = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
-FP8 = torch.float8_e4m3fn
-def part(source, to, start):
-    return Part(source=source, start=start, dtype=to, scale_start=1 << 30 if to == FP8 else None)
-with compiling({capability}) as compiled, chosen("triton"):
-    for dtype, to in sorted(CASTS - {{(torch.float16, torch.float16)}}, key=str):  # each alone: aligned, and not
-        for source in (f(4096, 4096, dtype=dtype), f(4096, 4097, dtype=dtype)[:, :1023]):
-            Packer([part(source, to, 256)]).pack(f(1 << 32, dtype=torch.uint8))
-    # A bucket as the swap has it, and all that there is in one.
-    layer = [f(48, 128, 4096)[:, :96], f(12288, 4096), f(4096, 12288)[:, :6144], f(4096), f(7)]
-    Packer([part(source, torch.bfloat16, 1 << 20) for source in layer]).pack(f(1 << 32, dtype=torch.uint8))
-    Packer(
-        [part(f(300, width, dtype=dtype), to, 256) for dtype, to in sorted(CASTS, key=str) for width in (1024, 17)]
-    ).pack(f(1 << 32, dtype=torch.uint8))
-"""
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="runs on the real chip instead")
-@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
-def test_the_kernels_compile_without_spills_and_no_value_is_asked_for(capability: int) -> None:
-    compiled = compile_offline(COMPILE.format(capability=capability))
-    for kernel in compiled:
-        assert kernel.stack_bytes == 0, kernel
-        assert kernel.opcodes["LDL"] == kernel.opcodes["STL"] == 0, kernel
-        assert kernel.shared_bytes <= SHARED_MEMORY_LIMIT[capability], kernel
-    assert len(compiled) == 2 * 6 + 2

@@ -7,6 +7,7 @@ import torch
 
 from tandem.kernels import policy_loss as kernel
 from tandem.kernels.policy_loss import Variant, group_statistics, normaliser_of, policy_loss, reference
+from tandem.kernels.policy_loss.inputs import Tokens
 
 TAU, LOW, HIGH = 0.4, 0.2, 0.3
 
@@ -88,7 +89,7 @@ def test_where_csrc_was_not_built_the_reference_serves(monkeypatch: pytest.Monke
     logprobs_T, cu_seqlens = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True), torch.tensor([0, 2, 3], dtype=torch.int32)
     inputs = (logprobs_T, torch.tensor([-0.5, -2.0, -0.5]), torch.tensor([2.0, -1.0]), cu_seqlens)
     found = policy_loss(*inputs, tau=0.1)
-    assert torch.equal(found, reference.policy_loss(*inputs, None, None, variant="mirror_descent", tau=0.1, clip_low=0.2, clip_high=0.2))
+    assert torch.equal(found, reference.policy_loss(Tokens(*inputs, None, None, "mirror_descent", 0.1, 0.2, 0.2)))
     assert torch.allclose(torch.autograd.grad(found.sum(), logprobs_T)[0], torch.tensor([-2.05, -2.05, 1.0]))
     flags, cu_groups = torch.tensor([True, False]), torch.tensor([0, 2], dtype=torch.int32)
     _, rewards_R, advantages_R = group_statistics(flags.float(), torch.tensor([3, 3], dtype=torch.int32), flags, ~flags | flags, cu_groups)
