@@ -153,7 +153,7 @@ def serve(
     )
 
 
-def testgen(
+def hidden_tests(
     problems: tyro.conf.Positional[Path],
     to: Path,
     url: str,
@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "report": report,
                 "parity": parity,
                 "serve": serve,
-                "testgen": testgen,
+                "testgen": hidden_tests,
                 "sandbox-serve": sandbox_serve,
                 "curate": curate,
                 "bench": bench,

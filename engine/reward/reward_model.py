@@ -2,10 +2,12 @@
 reasons, and ends with a JSON verdict.
 
 Only what the model replies is read as a verdict, and of that only the end. The response is quoted between marks that it cannot write
-itself, for they hold a digest of it.
+itself, for they hold a digest of it, and what could be a chat template's own token is taken apart: servers turn text that spells one into
+that token, and a response could otherwise end its turn and write the model's.
 """
 
 import hashlib
+import re
 from concurrent.futures import Future
 from typing import Self
 
@@ -17,6 +19,7 @@ NUM_TRIES = 3  # of a reply without a verdict
 MAX_RESPONSE_CHARS = 20_000  # of what follows the reasoning; an answer to be compared with a reference is far shorter
 MAX_REASON_CHARS = 500
 _END_OF_REASONING = "</think>"
+_TEMPLATE_TOKEN = re.compile(r"([<\[])(?=[|/a-zA-Z｜_])")  # <|im_end|>, <end_of_turn>, </s>, [/INST], …
 
 INSTRUCTIONS = """You check answers to questions. You get a question, the reference answer, which is right, and a response to check. \
 Decide whether the final answer that the response gives means the same as the reference answer. Another form, notation, unit or wording \
@@ -84,7 +87,7 @@ class ModelJudge:
 
 def judge_messages(prompt: Prompt, answer: str) -> list[Message]:
     """The question to the judge model: a pure function of its arguments."""
-    parts = (prompt.text, prompt.answer, answer)
+    parts = (prompt.text, prompt.answer, _TEMPLATE_TOKEN.sub(r"\1 ", answer))
     mark = hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()[:16]
     names = ("question", "reference answer", "response")
     quoted = [f"<<< {name} {mark}\n{part}\n{name} {mark} >>>" for name, part in zip(names, parts, strict=True)]
