@@ -39,6 +39,13 @@ def write_random_model(folder: Path, **changes: Any) -> PreTrainedModel:
 def model_server(folder: Path, *options: str, **changes: Any) -> Iterator[ModelServer]:
     """Its files go into the folder, whose name is the model's. Stopped with SIGTERM."""
     model = write_random_model(folder, **changes)
+    with running_server(folder, *options) as (url, process):
+        yield ModelServer(url, model, process)
+
+
+@contextlib.contextmanager
+def running_server(folder: Path, *options: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """`tandem serve` of a model folder: its URL with /v1, and its process."""
     words = [sys.executable, "-m", "tandem.engine.cli", "serve", str(folder), "--port", "0", *options]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -46,7 +53,7 @@ def model_server(folder: Path, *options: str, **changes: Any) -> Iterator[ModelS
         said = process.stdout.readline()
         found = re.search(r"is served at (http://127\.0\.0\.1:\d+/v1)", said)
         assert found, f"the server said {said!r} and ended with {process.wait(30)}"
-        yield ModelServer(found.group(1), model, process)
+        yield found.group(1), process
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)

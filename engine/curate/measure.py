@@ -52,7 +52,7 @@ def measure(
             judge.submit(group)
             take(judge.take_scored())
         take(judge.finish())
-        for prompt in some:  # the judge drops a group of which nothing could be graded
+        for prompt in some:  # refused by the endpoint; or the judge dropped the group, of which nothing could be graded
             tallies.setdefault(prompt.id, Tally(num_samples=task.num_samples, num_graded=0, num_correct=0))
     progress.show(len(tallies), is_last=True)
     return tallies

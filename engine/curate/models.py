@@ -17,7 +17,7 @@ from tandem.engine.config import DataConfig, RolloutConfig
 from tandem.engine.curate.config import CurateConfig
 from tandem.engine.data.prompts import encode_prompt
 from tandem.engine.data.tokenizer import load_tokenizer
-from tandem.engine.reward.chat import ChatClient, Endpoint, Reply, read_key
+from tandem.engine.reward.chat import ChatClient, Endpoint, RefusedError, Reply, read_key
 from tandem.engine.rollout.budget import generate_groups, new_group, sample_seed
 from tandem.engine.rollout.embedded import EmbeddedEngine
 from tandem.engine.types import Group, Prompt, Response, Segment, StopState, Tokenizer
@@ -152,7 +152,7 @@ class EndpointModel:
         return {"url": self._config.model, "model": self._client.model}
 
     def answer(self, prompts: Sequence[Prompt], task: Task) -> Iterator[Group]:
-        """Raises: ChatError when the endpoint is down for long."""
+        """A prompt that the endpoint refuses gets no group. Raises: ChatError when the endpoint is down for long."""
         place: dict[Future[Reply], tuple[int, int]] = {}
         replies: list[dict[int, Reply]] = [{} for _ in prompts]
         try:
@@ -169,7 +169,11 @@ class EndpointModel:
                     place[self._client.submit(asked)] = number, sample
             for done in as_completed(place):
                 number, sample = place[done]
-                replies[number][sample] = done.result()
+                try:
+                    replies[number][sample] = done.result()
+                except RefusedError as error:
+                    print(f"prompt {prompts[number].id}: {error}", flush=True)
+                    continue
                 if len(replies[number]) == task.num_samples:
                     yield Group(prompt=prompts[number], responses=tuple(_response(i, replies[number][i]) for i in range(task.num_samples)))
         finally:

@@ -25,6 +25,7 @@ Message = dict[str, str]
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between two attempts; doubled each time, unless the endpoint says how long
 MAX_SHOWN_CHARS = 300
 MAX_OBJECT_CHARS = 4000  # at the end of a reply; a verdict has some dozens
+_OF_THE_QUESTION = (400, 413, 422)  # statuses that another question may not get
 RETRY_TEMPERATURE = 0.7  # asked the same at 0, a model says the same again
 _START_TIMEOUT_S, _CLOSE_TIMEOUT_S = 10.0, 5.0
 _AFTER_AN_OBJECT = " \t\r\n`~"  # the end of a fenced block
@@ -32,6 +33,10 @@ _AFTER_AN_OBJECT = " \t\r\n`~"  # the end of a fenced block
 
 class ChatError(RuntimeError):
     """The endpoint gave no reply: it is down, too slow, or refuses the request."""
+
+
+class RefusedError(ChatError):
+    """The endpoint will not answer this very question: it is too long, for example. Others it may."""
 
 
 class MalformedReplyError(RuntimeError):
@@ -140,7 +145,8 @@ class ChatClient:
                     return _read_reply(answer)
                 problem = f"status {answer.status_code}: {answer.text[:MAX_SHOWN_CHARS]}"
                 if answer.status_code < 500 and answer.status_code not in (408, 409, 429):
-                    raise ChatError(f"{self._endpoint.url} refuses the request with {problem}")
+                    kind = RefusedError if answer.status_code in _OF_THE_QUESTION else ChatError
+                    raise kind(f"{self._endpoint.url} refuses the request with {problem}")
                 retry_after_s = _retry_after(answer)
             except TimeoutError:
                 problem = f"no answer within {min(left_s, self._endpoint.attempt_s):.3g} s"

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -25,7 +26,7 @@ def expectations() -> dict[int, str]:
     return {number: match.group(1) for number, match in enumerate(found, start=1) if match is not None}
 
 
-def curate_config(model: Path, to: Path, *files: Path, **changes: object) -> CurateConfig:
+def curate_config(model: Path | str, to: Path, *files: Path, **changes: object) -> CurateConfig:
     settings: dict[str, object] = {
         "against": (BENCHMARK,),
         "direct_template": DIRECT,
@@ -82,6 +83,7 @@ def teach(folder: Path, lessons: Sequence[tuple[str, str]], *, steps: int) -> No
         labels[i, len(prompt) : len(prompt) + len(said)] = torch.tensor(said)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
+    loss = torch.tensor(torch.inf)
     for _ in range(steps):
         logits = model(ids).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
@@ -90,6 +92,15 @@ def teach(folder: Path, lessons: Sequence[tuple[str, str]], *, steps: int) -> No
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    assert loss.item() < 0.005, loss.item()
+    assert loss.item() < 0.01, loss.item()
     model.save_pretrained(folder)
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[-1].content }}"  # an endpoint puts it the same way
     tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def planted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model that knows the planted prompts."""
+    folder = tmp_path_factory.mktemp("planted") / "model"
+    teach(folder, planted_lessons(), steps=130)
+    return folder
