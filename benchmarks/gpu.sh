@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
 # Kernel tests and all kernel benchmarks on a machine with a GPU, within nine minutes, without network or installation.
 #
-#     benchmarks/gpu.sh [FOLDER]          FOLDER: where results go; default $OUT, else gpu_results
+#     benchmarks/gpu.sh [--quick] [FOLDER]        FOLDER: where results go; default $OUT, else gpu_results
 #
-# Needs python3 with torch, triton, numpy, pytest, pytest-timeout, matplotlib, psutil and nvidia-ml-py; nvcc for csrc/.
-# WHEELS=DIR: wheels of peers (liger-kernel, cut-cross-entropy) to unpack for this run.  COMMIT=HASH: what to record without git.
-# BUDGET_S=540: when nothing more is started.  COMPARE=FILE: fail on a regression against it.
+# --quick: one test file, and of every benchmark the first case: does it work? Also on a CPU.
+# Needs python3 with torch, triton, numpy, pytest, pytest-timeout, matplotlib, psutil and nvidia-ml-py; nvcc for csrc/; megatron-core for
+# the training step, which is left out without it.
+# WHEELS=DIR: wheels of peers and of what is missing (liger-kernel, cut-cross-entropy, megatron-core) to unpack for this run.
+# BUDGET_S=540: seconds for all.  COMMIT=HASH: what to record without git.  COMPARE=FILE: fail on a regression against it.
 # Writes gpu.jsonl, tests.log, bench.log, plots.tgz and machine.txt. Ends with status 1 if anything failed or was left out.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
+quick=()
+[[ ${1:-} != --quick ]] || { quick=(--quick); shift; }
 out=${1:-${OUT:-gpu_results}}
 budget_s=${BUDGET_S:-540}
 python=${PYTHON:-python3}
@@ -18,30 +22,45 @@ out=$(cd "$out" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 status=0
+: >"$out/tests.log"
+: >"$out/bench.log"
 
-remaining() { echo $((budget_s - SECONDS)); }
-# name, log, most seconds, command
-step() {
-    local name=$1 log=$2 limit_s=$3
-    shift 3
-    local left_s
-    left_s=$(remaining)
-    if ((left_s < 15)); then
-        echo "left out: $name, no time" | tee -a "$log"
-        status=1
-        return
-    fi
-    echo "== $name (at ${SECONDS}s)" | tee -a "$log"
-    timeout --kill-after=5 "$((limit_s < left_s ? limit_s : left_s))" "$@" >>"$log" 2>&1
-    local ended=$?
-    ((ended == 0)) || { echo "failed: $name, status $ended" | tee -a "$log"; status=1; }
+# In the order of importance, each with its part of the budget. What one leaves goes to those after it; the last 20 s are for the end.
+parts=(csrc:40 tests:110 logprob:80 attention:80 policy_loss:25 train_step:60 moe:35 elementwise:30 adamw:25 packing:20 repetition:15)
+whole=540
+declare -A until_s
+sum=0
+for part in "${parts[@]}"; do
+    sum=$((sum + ${part#*:}))
+    until_s[${part%:*}]=$((sum * budget_s / whole))
+done
+
+fail() {
+    echo "$2" | tee -a "$1"
+    status=1
 }
 
-# The two import names, without an installation.
+# name, log, command: until the end of its part
+step() {
+    local name=$1 log=$2
+    shift 2
+    local limit_s=$((until_s[$name] - SECONDS))
+    if ((limit_s < 1)); then
+        fail "$log" "left out: $name, no time"
+        return
+    fi
+    echo "== $name (at ${SECONDS}s, until ${until_s[$name]}s)" | tee -a "$log"
+    timeout --kill-after=5 "$limit_s" "$@" >>"$log" 2>&1
+    local ended=$?
+    ((ended == 0)) || fail "$log" "failed: $name, status $ended$( ((ended != 124)) || echo ', out of time')"
+}
+
+# The two import names, without an installation. What is compiled once serves tests and benchmarks.
 mkdir "$work/tandem"
 ln -s "$PWD/engine" "$work/tandem/engine"
 ln -s "$PWD/kernels" "$work/tandem/kernels"
 export PYTHONPATH="$work:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export TRITON_CACHE_DIR="$work/triton" TORCHINDUCTOR_CACHE_DIR="$work/inductor"
 if [[ -n ${WHEELS:-} ]]; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/peers" "$WHEELS"/*.whl && PYTHONPATH="$PYTHONPATH:$work/peers"
 fi
@@ -49,21 +68,42 @@ fi
 {
     date -u +%FT%TZ
     nvidia-smi
-    "$python" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__, torch.cuda.get_device_name())'
+    "$python" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__, torch.cuda.is_available() and torch.cuda.get_device_name())'
 } >"$out/machine.txt" 2>&1
 tail -n 1 "$out/machine.txt"
 
-step "csrc" "$out/tests.log" 120 "$python" setup.py -q build_ext --inplace
-step "kernel tests" "$out/tests.log" 200 "$python" -m pytest tests/kernels -q -p no:cacheprovider --timeout 100 --durations=10
-tail -n 3 "$out/tests.log"
+step csrc "$out/tests.log" "$python" setup.py -q build_ext --inplace
 
-rm -f "$out/gpu.jsonl"
-for script in $(grep -l '^SUBJECT = ' benchmarks/*.py); do
-    name=$(basename "$script" .py)
-    options=(--out "$work/results" --seconds 0.4)
-    [[ -z ${COMMIT:-} ]] || options+=(--commit "$COMMIT")
-    [[ -z ${COMPARE:-} ]] || options+=(--compare "$COMPARE")
-    step "benchmark $name" "$out/bench.log" 150 "$python" "$script" "${options[@]}"
+# In four processes at once: most of the time they compile. What compiles for chips that are not there is tested without a GPU.
+mapfile -t files < <(ls tests/kernels/test_*.py | grep -v test_compiled)
+((${#quick[@]} == 0)) || files=(tests/kernels/test_backend.py)
+cat >"$work/tests.sh" <<'SCRIPT'
+status=0
+for ((i = 0; i < 4; i++)); do
+    own=()
+    for ((j = i + 2; j <= $#; j += 4)); do own+=("${!j}"); done
+    ((${#own[@]} == 0)) || "$1" -m pytest "${own[@]}" -q -p no:cacheprovider --timeout 100 --durations=5 >"$WORK/tests$i.log" 2>&1 &
+done
+for job in $(jobs -p); do wait "$job" || status=1; done
+exit "$status"
+SCRIPT
+WORK=$work step tests "$out/tests.log" bash "$work/tests.sh" "$python" "${files[@]}"
+cat "$work"/tests?.log >>"$out/tests.log" 2>/dev/null
+grep -hE '^(FAILED|ERROR)|(passed|failed|error).* in ' "$out/tests.log"
+
+options=(--out "$work/results" "${quick[@]}")
+[[ -z ${COMMIT:-} ]] || options+=(--commit "$COMMIT")
+kernel_options=(--seconds 0.4 --heavy-first)
+[[ -z ${COMPARE:-} ]] || kernel_options+=(--compare "$COMPARE")
+for part in "${parts[@]:2}"; do
+    name=${part%:*}
+    if [[ $name != train_step ]]; then
+        step "$name" "$out/bench.log" "$python" "benchmarks/$name.py" "${options[@]}" "${kernel_options[@]}"
+    elif "$python" -c 'import megatron.core' 2>/dev/null; then
+        step "$name" "$out/bench.log" "$python" "benchmarks/$name.py" "${options[@]}"
+    else
+        fail "$out/bench.log" "left out: train_step, megatron-core is not installed"
+    fi
 done
 cat "$work"/results/*.jsonl >"$out/gpu.jsonl" 2>/dev/null
 (cd "$work/results" 2>/dev/null && tar czf "$out/plots.tgz" ./*.png)

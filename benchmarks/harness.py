@@ -1,7 +1,7 @@
 """The harness of the kernel benchmarks: answer first, then times of all implementations on the same inputs.
 
     python benchmarks/SUBJECT.py [--device cuda] [--case forward] [--seconds 1] [--out DIR]
-                                 [--compare benchmarks/baselines/FILE] [--profile torch|ncu] [--quick]
+                                 [--compare benchmarks/baselines/FILE] [--profile torch|ncu] [--quick] [--heavy-first]
 
 To add a subject, write benchmarks/NAME.py (same stem as the kernel's folder) after this pattern:
 
@@ -53,6 +53,7 @@ from benchmarks.results import OURS, TABLE_HEAD, Row, append_rows, plot_roofline
 ROOT = Path(__file__).resolve().parent.parent
 MIN_REPEATS, MAX_REPEATS, QUICK_REPEATS = 5, 200, 2
 PEER_SLACK = 10.0  # a peer that is off by up to this many tolerances is timed, and its error marked with (!)
+FLOP_PER_BYTE = 200  # of a recent GPU in bf16
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn", "flash-attn-4")
 
 Run = Callable[[Any], "torch.Tensor | Sequence[torch.Tensor]"]
@@ -100,6 +101,7 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", nargs="+", default=[], help="only these implementations")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each implementation of each case")
     parser.add_argument("--quick", action="store_true", help="the first case alone, two repeats: does it work?")
+    parser.add_argument("--heavy-first", action="store_true", help="the largest cases first, for a run that may be cut short")
     parser.add_argument("--out", type=Path, help="folder for SUBJECT.jsonl (appended to), SUBJECT.png and profiles")
     parser.add_argument("--compare", type=Path, help="JSON lines of an earlier run: end with status 1 if this one is slower or larger")
     parser.add_argument("--profile", choices=("torch", "ncu"), help="profile one call of each implementation into --out instead of timing")
@@ -119,7 +121,8 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> None:
     if args.profile == "ncu":
         sys.exit(_run_ncu(subject, args))
     try:
-        rows = _run_cases(subject, cases[:1] if args.quick else cases, device, args)
+        cases = cases[:1] if args.quick else cases
+        rows = _run_cases(subject, sorted(cases, key=_weight, reverse=True) if args.heavy_first else cases, device, args)
     except WrongAnswer as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -139,6 +142,11 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> None:
 def label(case: Case) -> str:
     """The case as the table writes it."""
     return f"{case.name} {' '.join(f'{name}={size}' for name, size in case.shape.items())} {_dtype_name(case.dtype)}"
+
+
+def _weight(case: Case) -> float:
+    """By which cases are ordered: FLOP, or bytes times what a GPU computes while it moves one."""
+    return max(case.flop, FLOP_PER_BYTE * case.bytes)
 
 
 def measure(
