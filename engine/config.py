@@ -85,6 +85,10 @@ class DataConfig:
     """JSONL file of held-out prompts for pass@1. None: the test set of `task`, or no evaluation when `prompts` is given."""
     sft: str | None = None
     """JSONL file (prompt, response) of the warm start. None: the examples of `task`, or no warm start when `model.path` is given."""
+    preferences: str | None = None
+    """JSONL file (prompt, chosen, rejected, optionally margin) of a reward model. None: the pairs of `task`."""
+    eval_preferences: str | None = None
+    """JSONL file of held-out pairs. None: the test set of `task`, or none when `preferences` is given."""
     prompt_template: str = "{question}"
     """Text given to the tokenizer; {question} is replaced by the prompt."""
     use_chat_template: bool = False
@@ -169,6 +173,12 @@ class RewardConfig:
     """Longest reply of the judge model, its reasoning included; one that is cut is asked for again."""
     judge_concurrency: int = 32
     """Responses that each leader has judged at a time."""
+    preference_model: str | None = None
+    """Reward model that domain preference scores with: a folder that `tandem export` made of its run. None: there is none."""
+    preference_threshold: float | None = None
+    """A response that scores at least this is correct. None: midway between chosen and rejected held-out responses of its training."""
+    preference_timeout_s: float = 120.0
+    """A response that the reward model has not scored by then is not graded; in seconds, from when a worker takes it."""
     alarm_jump: float = 0.3
     """Change of a domain's rate of zero scores, from its running mean over iterations, that raises an alarm."""
     alarm_not_graded: float = 0.05
@@ -190,6 +200,7 @@ class RewardConfig:
         check(is_url, "reward.judge_url", self.judge_url, "it must begin with http:// or https://")
         for name in ("alarm_jump", "alarm_not_graded"):
             check(0 < getattr(self, name) <= 1, f"reward.{name}", getattr(self, name), "it must lie in (0, 1]; 1 is never reached")
+        check(self.preference_timeout_s > 0, "reward.preference_timeout_s", self.preference_timeout_s, "it must be positive")
         check(self.max_response_chars >= 1, "reward.max_response_chars", self.max_response_chars, "it must be at least 1")
 
 
@@ -279,6 +290,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     sft: tuple[SFTStage, ...] = ()
     """Stages of the supervised warm start, in order; none skips it."""
+    preference: tuple[SFTStage, ...] = ()
+    """Stages of training a reward model on preference pairs, in order; with one, the run does that and nothing else."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)

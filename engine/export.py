@@ -12,6 +12,7 @@ from tandem.engine.checkpoint.hf_folder import GENERATION_CONFIG, read_stop_toke
 from tandem.engine.config import MeshConfig, RunConfig, from_dict
 from tandem.engine.data.tokenizer import load_tokenizer
 from tandem.engine.hf_config import hf_config_of
+from tandem.engine.reward_training import score_config, write_scoring
 from tandem.engine.run import single_process_group
 from tandem.engine.trainer.layers import DTYPES
 from tandem.engine.trainer.mesh import build_mesh, destroy_mesh
@@ -19,7 +20,9 @@ from tandem.engine.trainer.stored import stored_weights
 
 
 def export_run(run_dir: Path, to: Path) -> int:
-    """Write config.json, safetensors and tokenizer. Returns the iteration that they are from: that many were done.
+    """Write config.json, safetensors and tokenizer, of a reward model also how text is scored with it.
+
+    Returns: the iteration (or step) that they are from: that many were done.
 
     Raises: FileNotFoundError if the folder is no run or has no checkpoint; ValueError if `to` exists or no
         checkpoint is whole.
@@ -30,7 +33,7 @@ def export_run(run_dir: Path, to: Path) -> int:
         raise ValueError(f"{to} exists; give a folder that does not")
     config = from_dict(RunConfig, json.loads((run_dir / "config.json").read_text(encoding="utf-8")))
     tokenizer = load_tokenizer(config.model.path)
-    hf_config = hf_config_of(config.model, tokenizer)
+    hf_config = score_config(config, tokenizer) if config.preference else hf_config_of(config.model, tokenizer)
     beside_weights: list[Path] = []
     if config.model.path is not None and (Path(config.model.path) / GENERATION_CONFIG).is_file():
         beside_weights.append(Path(config.model.path) / GENERATION_CONFIG)
@@ -45,6 +48,8 @@ def export_run(run_dir: Path, to: Path) -> int:
         step, checkpoint = found
         tokenizer.save_pretrained(folder)
         weights = stored_weights(hf_config, mesh, config.trainer, checkpoint / STATE)
+        if config.preference:
+            write_scoring(config, tokenizer, run_dir, Path(folder))
         beside_weights += sorted(Path(folder).iterdir())
         write_model(hf_config, DTYPES[config.trainer.dtype], weights, to, extra_files=beside_weights)
         destroy_mesh()

@@ -62,6 +62,8 @@ def check_run(config: RunConfig, *, num_ranks: int, ranks_per_node: int, longest
     Raises: also FileNotFoundError or ValueError for a model folder that cannot be read, or a model that is not computed here.
     """
     architecture = Architecture.from_hf(hf_config_of(config.model, load_tokenizer(config.model.path)))
+    if architecture.has_score_head and not config.preference:
+        raise ValueError(f"model.path is {config.model.path}, a reward model, which generates nothing; give a language model")
     case = RunCase(
         config=config, architecture=architecture, num_ranks=num_ranks, ranks_per_node=ranks_per_node, longest_prompt=longest_prompt
     )

@@ -23,6 +23,9 @@ SHOWN = (
     ("eval/pass_at_1", "pass@1", "{:.3f}", ""),
     ("rollout/response_tokens", "length", "{:.1f}", " tokens"),
     ("rollout/tokens_per_s", "rollout", "{:,.0f}", " tokens/s"),
+    ("reward_model/loss", "loss", "{:.4f}", " nats"),
+    ("reward_model/accuracy", "accuracy", "{:.3f}", ""),
+    ("reward_model/held_out_accuracy", "held out", "{:.3f}", ""),
     ("sft/loss", "SFT loss", "{:.4f}", " nats"),
 )
 

@@ -13,6 +13,7 @@ from tandem.engine.deal import deal_updates
 from tandem.engine.errors import clear_errors
 from tandem.engine.evaluate import evaluate
 from tandem.engine.recipes.registry import parse_recipe
+from tandem.engine.reward_training import train_reward_model
 from tandem.engine.run import Run, launched_rank
 from tandem.engine.sft import warm_start
 from tandem.engine.stats import finish_step
@@ -20,6 +21,9 @@ from tandem.engine.stats import finish_step
 
 def train(config: RunConfig) -> None:
     """Run the recipe from where its run folder stands to its last iteration."""
+    if config.preference:
+        train_reward_model(config)
+        return
     with Run(config) as run, build(run) as parts:
         weights, judge, trainer = parts.weights, parts.judge, parts.trainer
         sampler, buffer, phase = parts.sampler, parts.buffer, run.log.phase

@@ -7,11 +7,12 @@ from tandem.engine.reward.arithmetic import grade_arithmetic
 from tandem.engine.reward.code_grader import CodeGrader
 from tandem.engine.reward.k12 import K12Grader
 from tandem.engine.reward.math import submit_math
+from tandem.engine.reward.preference import PreferenceGrader
 from tandem.engine.reward.reward_model import ModelJudge
 from tandem.engine.types import Grader, Prompt, Verdict
 
 # Those that have a grader; `load_prompts` refuses any other.
-DOMAINS = ("arithmetic", "math", "k12", "code", "judge")
+DOMAINS = ("arithmetic", "math", "k12", "code", "judge", "preference")
 
 
 def open_grader(domain: str, config: RewardConfig, *, num_workers: int) -> Grader:
@@ -32,6 +33,9 @@ def open_grader(domain: str, config: RewardConfig, *, num_workers: int) -> Grade
         return CodeGrader.open(config.sandbox_url, num_workers=num_workers)
     if domain == "judge":
         return ModelJudge.open(config)
+    if domain == "preference":
+        folder, threshold = config.preference_model, config.preference_threshold
+        return PreferenceGrader.open(folder, threshold=threshold, num_workers=num_workers, timeout_s=config.preference_timeout_s)
     raise ValueError(f"domain {domain!r} has no grader; there are graders for {', '.join(DOMAINS)}")
 
 
