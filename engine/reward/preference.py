@@ -2,8 +2,8 @@
 
 The model is a folder that `tandem export` made of a reward model's run, or any …ForSequenceClassification with one label beside the same
 scoring.json. It runs on the CPU, in worker processes that can be killed; one sequence at a time, so that a score does not depend on what
-else is graded. Bradley-Terry fixes differences of scores only, so the threshold comes with the model: midway between chosen and rejected held-out
-responses, unless the configuration names another.
+else is graded. Bradley-Terry fixes differences of scores only, so the threshold comes with the model: midway between chosen and rejected
+held-out responses, unless the configuration names another.
 """
 
 import functools
