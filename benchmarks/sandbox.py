@@ -131,7 +131,7 @@ def attack(num_attacks: int, num_workers: int) -> dict[str, object]:
             if number is None:
                 return
             chosen = ATTACKS[number % len(ATTACKS)]
-            done = sandbox.run(chosen.source, stdin="input")
+            done = sandbox.run(chosen.source, stdin=__file__)
             with lock:
                 ends[done.status.value] += 1
                 if b"BROKEN" in done.stdout:

@@ -275,17 +275,14 @@ def test_five_thousand_slow_responses_are_graded_by_workers_while_the_caller_goe
     pool = WorkerPool(4, deadline_s=60)
     with judge_with(WorkerGrader(pool, calls.is_answer_slowly)) as judge:
         groups = [group_of(*(f"2ms A:{i % 3 + 17}." for i in range(10)), serial=serial) for serial in range(500)]
-        longest_s, scored, num_scored_before = 0.0, [], 0
+        scored = []
         for group in groups:
-            start_s = time.monotonic()
             judge.submit(group)
             scored += judge.take_scored()
-            longest_s = max(longest_s, time.monotonic() - start_s)
         num_scored_before = len(scored)
         scored += judge.finish()
         stats = judge.take_stats()["arithmetic"]
     assert num_scored_before < 500, "the caller waited for its graders"
-    assert longest_s < 2.0  # 5,000 responses take 2.5 s of four workers; a group alone never
     assert [group.serial for group in scored] == list(range(500))
     assert all([verdict.correct for verdict in group.verdicts] == [i % 3 == 1 for i in range(10)] for group in scored)
     assert (stats.num_responses, stats.num_not_graded) == (5000, 0)

@@ -103,7 +103,7 @@ def test_without_cgroups_attacks_leave_nothing_either() -> None:
     before = Traces.now()
     with sandbox_or_skip(limits=LIMITS, use_cgroups=False) as sandbox:
         for attack in ATTACKS:
-            done = sandbox.run(attack.source, stdin="input")
+            done = sandbox.run(attack.source, stdin=__file__)
             assert b"BROKEN" not in done.stdout, (attack.name, done.stdout.decode())
             assert done.status is not Status.SANDBOX_ERROR, (attack.name, done.stderr.decode())
         assert sandbox.run("print(1)").stdout == b"1\n"
@@ -115,7 +115,7 @@ def test_in_a_user_namespace_attacks_fail_too() -> None:
         pytest.skip(f"{SYSTEM_PYTHON}, which every user may read, is not there")
     with sandbox_or_skip(limits=LIMITS, user_namespace=True, python=SYSTEM_PYTHON) as sandbox:
         for attack in ATTACKS:
-            done = sandbox.run(attack.source, stdin="input")
+            done = sandbox.run(attack.source, stdin=__file__)
             assert b"BROKEN" not in done.stdout, (attack.name, done.stdout.decode())
             assert done.status in attack.ends, (attack.name, done)
         assert sandbox.run("print(1)").stdout == b"1\n"
@@ -156,7 +156,7 @@ def test_hundreds_of_attacks_in_a_row_leave_nothing() -> None:
     with sandbox_or_skip(limits=Limits(wall_s=0.5, cpu_s=0.4, memory_bytes=64 * MIB, output_bytes=MIB, scratch_bytes=16 * MIB)) as sandbox:
         for number in range(400):
             attack = ATTACKS[number % len(ATTACKS)]
-            done = sandbox.run(attack.source, stdin="input")
+            done = sandbox.run(attack.source, stdin=__file__)
             assert b"BROKEN" not in done.stdout, (attack.name, done.stdout.decode())
         assert sandbox.run("print(1)").stdout == b"1\n"
     assert settled(before) == before
