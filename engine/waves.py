@@ -6,11 +6,12 @@ list, decoded together in one continuous batch. A long response holds up those t
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from tandem.engine.types import Completion, EngineDiedError, GenerationRequest, RolloutEngine
+from tandem.engine.types import Completion, GenerationRequest, RolloutEngine
 
 _CLOSE_TIMEOUT_S = 30.0
 
@@ -61,8 +62,10 @@ class Waves:
         """End what runs and what waits, and the engine."""
         self._is_closing = True
         self._queue.put(None)
-        self._engine.abort()
-        self._thread.join(_CLOSE_TIMEOUT_S)
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            self._engine.abort()  # again and again: a wave may be about to begin
+            self._thread.join(0.1)
         self._engine.close()
 
     def _run(self) -> None:
@@ -81,14 +84,13 @@ class Waves:
         try:
             if not self._engine.is_alive:
                 self._engine.restart()
+            if self._engine.policy_version < 0:
                 self._load()
             for completion in self._engine.generate([request for job in wave for request in job.requests]):
                 job = job_of[completion.request_id]
                 job.ended[completion.request_id] = completion
                 if len(job.ended) == len(job.requests):
                     job.future.set_result([job.ended[request.request_id] for request in job.requests])
-        except EngineDiedError as error:
-            _fail(wave, error)
         # Whatever it is, it is these requests' end and not the server's: the next wave starts anew.
         except Exception as error:
             _fail(wave, error)

@@ -2,11 +2,9 @@
 
 import http.client
 import json
-import os
+import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,7 @@ import torch
 
 from tandem.engine.chat_api import APIError, ChatMessage, ChatRequest, TextPart, read_completion
 from tandem.engine.data.tokenizer import byte_tokenizer
+from tandem.engine.serve import serve
 from tandem.engine.types import Completion, StopState
 from tests.model_servers import CONTEXT_LENGTH, EOS, ModelServer, model_server, write_random_model
 from tests.reward.chat_endpoint import wait_until
@@ -242,6 +241,7 @@ def test_an_engine_that_dies_costs_its_wave_an_error_and_is_replaced(server: Mod
     assert complete(server, prompt="a", max_tokens=8, seed=3)["choices"] == before
 
 
+@pytest.mark.timeout(240)  # two processes that import torch, on a busy machine
 def test_sigterm_in_the_middle_of_a_wave_leaves_no_process_and_answers_everybody(tmp_path: Path) -> None:
     with model_server(tmp_path / "tiny") as server, ThreadPoolExecutor(1) as threads:
         engine = engine_of(server)
@@ -255,19 +255,18 @@ def test_sigterm_in_the_middle_of_a_wave_leaves_no_process_and_answers_everybody
         assert not engine.is_running()
 
 
-def run_serve(*words: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "tandem.engine.cli", "serve", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_a_folder_without_a_model_or_a_taken_port_is_an_error_at_once(tmp_path: Path) -> None:
+    def start(folder: Path, port: int, context_length: int | None = None) -> None:
+        counts = {"num_threads": 1, "max_batch": 4, "max_waiting": 4, "max_tokens": 4}
+        serve(folder, "127.0.0.1", port, context_length=context_length, **counts)
 
-
-def test_a_folder_without_a_model_or_a_taken_port_is_one_line_of_error(tmp_path: Path) -> None:
-    done = run_serve(str(tmp_path))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert str(tmp_path) in done.stderr
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        start(tmp_path, 0)
     write_random_model(tmp_path / "tiny")
+    with pytest.raises(ValueError, match="context_length is 513; it must lie between 2 and the model's 512"):
+        start(tmp_path / "tiny", 0, context_length=513)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = run_serve(str(tmp_path / "tiny"), "--port", str(taken.getsockname()[1]))
-    assert done.returncode == 2, done.stderr
-    assert "cannot be listened on" in done.stderr.splitlines()[-1]
+        with pytest.raises(ValueError, match="cannot be listened on: .*choose another port, or 0 for any"):
+            start(tmp_path / "tiny", taken.getsockname()[1])

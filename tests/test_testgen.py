@@ -3,18 +3,21 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tandem.engine.config import DataConfig
+from tandem.engine.config import DataConfig, RewardConfig
 from tandem.engine.data.prompts import load_prompts
 from tandem.engine.data.tokenizer import byte_tokenizer
 from tandem.engine.reward.chat import Endpoint
 from tandem.engine.reward.code_grader import read_code_tests
+from tandem.engine.reward.reward_model import ModelJudge
 from tandem.engine.reward.testgen import Settings
 from tandem.engine.testgen import generate_tests, read_problems
+from tandem.engine.types import Prompt
 from tests.model_servers import model_server
 from tests.reward.chat_endpoint import Answer, chat_server, completion
 from tests.reward.sandboxes import sandbox_or_skip
@@ -83,12 +86,20 @@ def test_what_the_endpoint_left_undecided_is_tried_again_and_a_changed_problem_t
         assert len(server.requests) == 4
 
 
-def test_a_real_model_that_writes_garbage_costs_its_problems_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.timeout(240)  # three processes that import torch, on a busy machine
+def test_a_real_model_that_writes_garbage_leaves_problems_out_and_responses_ungraded(tmp_path: Path) -> None:
     problems = write_problems(tmp_path / "problems.jsonl", ADD, {**ADD, "id": "two", "question": "Print their sum."})
     with model_server(tmp_path / "tiny", max_position_embeddings=8192) as server:
         words = [sys.executable, "-m", "tandem.engine.cli", "testgen", str(problems), "--to", str(tmp_path / "out"), "--url", server.url]
         words += ["--max-tokens", "32", "--tests", "3", "--min-valid", "3"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=110, check=False)
+        grader = ModelJudge.open(RewardConfig(judge_url=server.url, judge_max_tokens=16))
+        prompt = Prompt(id="p", text="How much is 1 + 1?", token_ids=(1,), answer="two", domain="judge")
+        verdict = grader.grade("It is two.", prompt, is_complete=True)
+        assert isinstance(verdict, Future)
+        assert not verdict.result(60).graded
+        assert "reply 3 of 3" in verdict.result().reason
+        grader.close()
     assert done.returncode == 0, done.stderr
     assert "kept: 0\n" in done.stdout
     assert "no generator: 2\n" in done.stdout
