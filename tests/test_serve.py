@@ -268,5 +268,5 @@ def test_a_folder_without_a_model_or_a_taken_port_is_an_error_at_once(tmp_path: 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(ValueError, match="cannot be listened on: .*choose another port, or 0 for any"):
+        with pytest.raises(ValueError, match=r"cannot be listened on: .*choose another port, or 0 for any"):
             start(tmp_path / "tiny", taken.getsockname()[1])
