@@ -15,7 +15,6 @@ from tandem.engine.config import CheckpointConfig, LogConfig, MeshConfig, ModelC
 from tandem.engine.data.arithmetic import preference_pairs
 from tandem.engine.data.preferences import load_preferences
 from tandem.engine.data.tokenizer import byte_tokenizer
-from tandem.engine.export import export_run
 from tandem.engine.feasibility import check_run
 from tandem.engine.log import read_metrics
 from tandem.engine.recipes.toy_reward_model import toy_reward_model
@@ -24,7 +23,7 @@ from tandem.engine.reward.preference import PreferenceGrader, Scoring
 from tandem.engine.train import train
 from tandem.engine.types import Prompt, Verdict
 from tests.ranks import run_ranks
-from tests.small_toy import weights_of
+from tests.small_toy import export, weights_of
 
 STEPS = 350
 
@@ -65,7 +64,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(run_dir: Path) -> Path:
-    assert export_run(run_dir, run_dir.parent / "exported") == STEPS
+    export(run_dir, run_dir.parent / "exported")
     return run_dir.parent / "exported"
 
 
@@ -187,11 +186,11 @@ def test_a_run_that_is_resumed_goes_on_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_a_reward_model_starts_on_another_ones_weights(tmp_path: Path) -> None:
     run_ranks(train, 2, brief(tmp_path / "first", 3, mesh=MeshConfig(tp=2)))
-    export_run(tmp_path / "first", tmp_path / "exported")
+    export(tmp_path / "first", tmp_path / "exported")
     none = SFTStage(steps=1, batch_tokens=600, max_tokens=64, optimizer=OptimizerConfig(lr=0.0))
     model = ModelConfig(path=str(tmp_path / "exported"), context_length=64)
     run_ranks(train, 2, brief(tmp_path / "second", 1, model=model, preference=(none,), mesh=MeshConfig(pp=2)))
-    export_run(tmp_path / "second", tmp_path / "again")
+    export(tmp_path / "second", tmp_path / "again")
     first, again = (tmp_path / name / "model.safetensors" for name in ("exported", "again"))
     assert first.read_bytes() == again.read_bytes()
 
