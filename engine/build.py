@@ -21,12 +21,13 @@ from tandem.engine.data.sft import SFTExample, load_sft
 from tandem.engine.data.tasks import prompts as task_prompts
 from tandem.engine.data.tasks import write_task
 from tandem.engine.data.tokenizer import HFTokenizer, load_tokenizer
-from tandem.engine.errors import Stopped
+from tandem.engine.errors import RunEnded, Stopped
 from tandem.engine.feasibility import check_run
 from tandem.engine.generation import Generation
 from tandem.engine.hf_config import hf_config_of
 from tandem.engine.log import METRICS_FILE, read_metrics
 from tandem.engine.mesh_rules import kv_heads_in_attention, splits_heads
+from tandem.engine.reward.bubblewrap import UnavailableError
 from tandem.engine.reward.domains import DOMAINS
 from tandem.engine.reward.grading_stats import RewardAlarm
 from tandem.engine.reward.judge import Judge
@@ -81,7 +82,10 @@ class Parts:
         stack.callback(self.judge.close)
         self.alarm = RewardAlarm(config.reward)
         if run.is_leader:  # the others grade nothing
-            self.judge.check([*prompts, *self.eval_prompts])
+            try:
+                self.judge.check([*prompts, *self.eval_prompts])
+            except UnavailableError as error:
+                raise RunEnded(f"the prompts need a sandbox: {error}; or name one elsewhere by reward.sandbox_url") from error
 
         self.mesh = build_mesh(config.mesh, hf_config)
         stack.callback(destroy_mesh)

@@ -1,15 +1,18 @@
 """Every check of a configuration: the field, the value and the rule are named."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tandem.engine.config import (
+    DataConfig,
     LossConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    ProgramTask,
     RewardConfig,
     RolloutConfig,
     RunConfig,
@@ -38,7 +41,10 @@ from tandem.engine.config import (
         (lambda: RewardConfig(judge_timeout_s=0.0), "reward.judge_timeout_s is 0.0; it must be positive"),
         (lambda: RewardConfig(judge_max_tokens=0), "reward.judge_max_tokens is 0; it must be at least 1"),
         (lambda: RewardConfig(judge_concurrency=0), "reward.judge_concurrency is 0; it must be at least 1"),
-        (lambda: RewardConfig(judge_url="judge-1:8000/v1"), "reward.judge_url is 'judge-1:8000/v1'; it must begin with http:// or https://"),
+        (
+            lambda: RewardConfig(judge_url="judge-1:8000/v1"),
+            "reward.judge_url is 'judge-1:8000/v1'; it must begin with http:// or https://",
+        ),
         (lambda: RewardConfig(alarm_jump=0.0), "reward.alarm_jump is 0.0; it must lie in (0, 1]"),
         (lambda: ModelConfig(intermediate_size=0), "model.intermediate_size is 0; it must be at least 1"),
         (lambda: ModelConfig(moe_intermediate_size=-5), "model.moe_intermediate_size is -5; it must be at least 1"),
@@ -70,6 +76,11 @@ def test_a_configuration_is_the_same_after_being_saved() -> None:
     stage = SFTStage(steps=3, batch_tokens=100, max_tokens=50, optimizer=OptimizerConfig(lr=1e-3))
     config = RunConfig(name="x", timeout_s=60.0, sft=(stage,), mesh=MeshConfig(etp=1))
     assert from_dict(RunConfig, config.to_dict()) == config
+
+
+def test_a_task_is_restored_as_the_kind_that_it_was() -> None:
+    for config in (RunConfig(name="x"), RunConfig(name="x", data=DataConfig(task=ProgramTask(num_inputs=3)))):
+        assert from_dict(RunConfig, json.loads(json.dumps(config.to_dict()))).data.task == config.data.task
 
 
 def test_a_saved_field_that_there_is_not_is_named() -> None:
