@@ -59,18 +59,19 @@ def load(path: Path, variant: str) -> ToyRun:
     return ToyRun(path=path, variant=variant, rows=merge_by_step(lines), minutes=sum(line.get("step_s") or 0.0 for line in lines) / 60)
 
 
-def draw(runs: Sequence[ToyRun], to: Path) -> None:
-    """Three panels side by side, one line per run, one colour per variant."""
+def draw(runs: Sequence[ToyRun], to: Path, panels: Sequence[tuple[str, str, float | None]] = PANELS) -> None:
+    """Panels (metric, title, top of the axis) side by side, one line per run, one colour for each of two variants."""
+    first = runs[0].variant
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a94a3"})
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(12, 3.6), layout="constrained")
-    for axis, (metric, title, top) in zip(axes, PANELS, strict=True):
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
+    for axis, (metric, title, top) in zip(axes, panels, strict=True):
         labelled = set()
         for run in runs:
             at = [(row["step"], row[metric]) for row in run.rows if row.get(metric) is not None]
             axis.plot(
                 [step for step, _ in at],
                 [value for _, value in at],
-                color=BLUE if run.variant == "with length penalty" else ORANGE,
+                color=BLUE if run.variant == first else ORANGE,
                 linewidth=1.6,
                 alpha=0.85,
                 marker="o" if metric.startswith("eval/") else "",
