@@ -163,7 +163,8 @@ def initialise(chunks: list[PolicyModel], mesh: Mesh, seed: int, *, only: Collec
             std = EMBEDDING_STD if name == EMBEDDING else shape[1] ** -0.5
             if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
                 std /= math.sqrt(2 * chunk.config.num_layers)
-            generator = torch.Generator().manual_seed((seed << 32 | zlib.crc32(name.encode())) & (2**63 - 1))
+            # A CPU generator of torch takes the lower 32 bits only; the factor (2^32 over the golden ratio) spreads small seeds over them.
+            generator = torch.Generator().manual_seed((seed * 0x9E3779B1 ^ zlib.crc32(name.encode())) & 0xFFFFFFFF)
             whole = torch.randn(shape, generator=generator) * std
             if is_split:  # `stride` matrices lie one after the other (gate and up), and each is split
                 dim, stride = parameter.partition_dim, parameter.partition_stride  # pyright: ignore[reportAttributeAccessIssue]

@@ -201,12 +201,12 @@ def test_a_reward_model_has_one_label() -> None:
         Architecture.from_hf({**config, "num_labels": 2})
 
 
-def head_drawn(layout: Layout, hf_config: Mapping[str, Any]) -> list[float]:
+def head_drawn(layout: Layout, hf_config: Mapping[str, Any], seed: int = 5) -> list[float]:
     trainer = MegatronTrainer(hf_config, build_mesh(layout.mesh, hf_config), layout.trainer_config(ADAM), LossConfig(), 1.0, 4)
     for shard in trainer.weight_shards():
         shard.tensor.fill_(0.5)
     before = {shard.name: shard.tensor.clone() for shard in trainer.weight_shards()}
-    draw_head(trainer, seed=5)
+    draw_head(trainer, seed)
     changed = [shard for shard in trainer.weight_shards() if not torch.equal(shard.tensor, before[shard.name])]
     assert [shard.name for shard in changed] in ([], [HEAD])
     return changed[0].tensor.flatten().tolist() if changed else []
@@ -219,3 +219,5 @@ def test_a_head_is_drawn_alike_on_every_layout_and_nothing_else_changes() -> Non
     first, last = run_ranks(head_drawn, 2, LAYOUTS[3], hf_config)
     assert len(alone) == 32
     assert (first, last) == ([], alone)
+    (other,) = run_ranks(head_drawn, 1, LAYOUTS[0], hf_config, 6)
+    assert not set(other) & set(alone)
