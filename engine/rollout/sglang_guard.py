@@ -19,7 +19,8 @@ from pathlib import Path
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SCAN_S = 1.0  # between two looks at which files in shared memory the server has
 _KILL_S = 10.0  # for processes to go after SIGKILL
-SHARED_MEMORY = "/dev/shm/sglang_loads_"  # SGLang maps one such file per server and leaves it
+# SGLang maps one of the first per server, and one of the second per server of several processes, and leaves them.
+SHARED_MEMORY = ("/dev/shm/sglang_loads_", "/dev/shm/sgl_shm_mq_")
 
 
 def main() -> None:
@@ -52,8 +53,7 @@ def _wait(ends: list[int], session: int) -> set[str]:
         poll.register(end, select.POLLIN)
     files = set[str]()
     while not poll.poll(_SCAN_S * 1000):
-        if not files:
-            files = _mapped(session)
+        files |= _mapped(session)
     return files | _mapped(session)
 
 
@@ -62,8 +62,9 @@ def _mapped(session: int) -> set[str]:
     for pid in _processes(session):
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-                if SHARED_MEMORY in line:
-                    files.add(line[line.index(SHARED_MEMORY) :].removesuffix(" (deleted)"))
+                path = line[line.find("/") :].removesuffix(" (deleted)")
+                if path.startswith(SHARED_MEMORY):
+                    files.add(path)
     return files
 
 

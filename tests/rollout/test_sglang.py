@@ -204,11 +204,15 @@ def test_a_model_that_sglang_builds_otherwise_is_refused(sglang_servers: Servers
     assert serves(engine, model, 2)
 
 
+def shared_files() -> set[str]:
+    return {str(path) for path in Path("/dev/shm").iterdir() if str(path).startswith(SHARED_MEMORY)}
+
+
 @marked
 @pytest.mark.slow
 def test_two_processes_share_a_model_and_flip_together(models: list[PreTrainedModel], tmp_path: Path) -> None:
     need_sglang()
-    config = dataclasses.replace(CONFIG, tp=2)
+    config, files = dataclasses.replace(CONFIG, tp=2), shared_files()
     with SGLangEngine(SGLangServer(setup_of(models[0], tp=2, log_path=tmp_path / "log")), config, stop_token_ids=()) as engine:
         assert not isinstance(engine, StreamingWeightSink)
         for version in range(3):
@@ -217,6 +221,8 @@ def test_two_processes_share_a_model_and_flip_together(models: list[PreTrainedMo
         send(engine, disk_tensors(models[0]), 3)
         engine.rollback()
         assert serves(engine, models[2], 2)
+        assert shared_files() - files
+    assert not shared_files() - files
 
 
 @marked
@@ -273,7 +279,7 @@ def test_a_server_that_stalls_is_killed(sglang_servers: Servers, models: list[Pr
 @marked
 def test_nothing_is_left_of_a_server_whose_leader_is_killed(models: list[PreTrainedModel], tmp_path: Path) -> None:
     need_sglang()
-    before, files = server_processes(), set(Path("/dev/shm").glob(Path(SHARED_MEMORY).name + "*"))
+    before, files = server_processes(), shared_files()
     folders = set(Path("/tmp").glob("tandem-sglang-*"))
     program = """
 import os, pickle, sys
@@ -292,8 +298,7 @@ os.kill(os.getpid(), 9)
     deadline = time.monotonic() + 30
 
     def left() -> set[object]:
-        shared = set(Path("/dev/shm").glob(Path(SHARED_MEMORY).name + "*")) - files
-        return {*(server_processes() - before), *shared, *(set(Path("/tmp").glob("tandem-sglang-*")) - folders)}
+        return {*(server_processes() - before), *(shared_files() - files), *(set(Path("/tmp").glob("tandem-sglang-*")) - folders)}
 
     while left() and time.monotonic() < deadline:
         time.sleep(0.1)
