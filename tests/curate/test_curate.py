@@ -137,6 +137,24 @@ def num_measured(journal: Path) -> int:
     return 0
 
 
+KILLED_AT_THE_FIFTH = """
+import os, signal, sys
+from tandem.engine import cli
+from tandem.engine.curate.journal import MeasurementJournal
+
+record, recorded = MeasurementJournal.record, []
+
+def record_and_die(self, *measured):
+    record(self, *measured)
+    recorded.append(measured)
+    if len(recorded) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+MeasurementJournal.record = record_and_die
+cli.main(sys.argv[1:])
+"""
+
+
 def test_after_kill_9_the_same_command_goes_on_and_ends_with_the_same_bytes(
     planted_model: Path,
     tmp_path: Path,
@@ -145,31 +163,12 @@ def test_after_kill_9_the_same_command_goes_on_and_ends_with_the_same_bytes(
     raw = raw_file(tmp_path / "raw.jsonl", 30)
     options = {"against": (), "num_direct": 0, "max_batch": 10, "max_response_tokens": 24}
     config = curate_config(planted_model, tmp_path / "killed", raw, **options)
-    words = [sys.executable, "-m", "tandem.engine.cli", "curate", str(raw), "--to", str(config.to), "--model", str(planted_model)]
-    words += [
-        "--num_direct",
-        "0",
-        "--max_batch",
-        "10",
-        "--max_response_tokens",
-        "24",
-        "--max_direct_tokens",
-        "20",
-        "--direct_template",
-        "{question}=",
-    ]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 100
-        while (config.to / JOURNAL_FILE).exists() is False or num_measured(config.to / JOURNAL_FILE) < 5:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait(30)
+    words = ["curate", str(raw), "--to", str(config.to), "--model", str(planted_model), "--num_direct", "0", "--max_batch", "10"]
+    words += ["--max_response_tokens", "24", "--max_direct_tokens", "20", "--direct_template", "{question}="]
+    killed = subprocess.run([sys.executable, "-c", KILLED_AT_THE_FIFTH, *words], capture_output=True, text=True, timeout=100)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     num_kept = num_measured(config.to / JOURNAL_FILE)
-    assert 5 <= num_kept < 30
+    assert num_kept == 5
     assert not (config.to / PROMPTS_FILE).exists()
     capsys.readouterr()
     curate(config)
