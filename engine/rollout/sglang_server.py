@@ -29,6 +29,14 @@ _HEALTH_POLL_S = 0.2
 _HEALTH_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 20.0
 _CONTEXT_MARGIN = 8  # SGLang ends a response some tokens before its context is full
+# What a rank knows of its launcher, of no use to a server: told that torchrun holds the store of its process group, it would wait for one
+# for ever. The memory saver does not work with the allocator's own settings.
+_OF_THE_RANK = (
+    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RUN_ID"),
+    *("TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_SIGNALS_TO_HANDLE", "MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "GROUP_RANK"),
+    *("ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+    *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTHONHOME", "VIRTUAL_ENV"),
+)
 # The token that ends a response is the engine's business: the server must know none of its own.
 _END_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
@@ -122,8 +130,7 @@ class SGLangServer:
             arguments["attention-backend"] = config.attention_backend
         if kv_tokens is not None:
             arguments["max-total-tokens"] = kv_tokens
-        # The memory saver does not work with the allocator's own settings.
-        environment = ["env", "-u", "PYTORCH_CUDA_ALLOC_CONF", "-u", "PYTHONHOME", "-u", "VIRTUAL_ENV"]
+        environment = ["env", *(part for name in _OF_THE_RANK for part in ("-u", name))]
         environment += [f"PYTHONPATH={':'.join(map(str, path))}", *(f"{name}={value}" for name, value in variables.items())]
         options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
         options += [f"--{flag}" for flag in flags]

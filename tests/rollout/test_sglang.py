@@ -278,7 +278,10 @@ def test_a_server_that_stalls_is_killed(sglang_servers: Servers, models: list[Pr
 
 @marked
 def test_nothing_is_left_of_a_server_whose_leader_is_killed(models: list[PreTrainedModel], tmp_path: Path) -> None:
+    """The leader is a rank of torchrun, whose variables must not reach the server: it would wait for torchrun's store for ever."""
     need_sglang()
+    of_torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    of_torchrun |= {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     before, files = server_processes(), shared_files()
     folders = set(Path("/tmp").glob("tandem-sglang-*"))
     program = """
@@ -290,7 +293,8 @@ print("healthy", flush=True)
 os.kill(os.getpid(), 9)
 """
     (tmp_path / "setup").write_bytes(pickle.dumps(setup_of(models[0], log_path=tmp_path / "log")))
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "setup")], stdout=subprocess.PIPE, text=True)
+    command, environment = [sys.executable, "-c", program, str(tmp_path / "setup")], os.environ | of_torchrun
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.readline() == "healthy\n"
