@@ -25,10 +25,21 @@ def grade_code(
     language: str = "python",
     limits: Limits | None = None,
 ) -> Verdict:
-    """Run the last code block of a response on all tests, up to the first that fails.
+    """Run the last code block of a response: `grade_program` of `extract_code`."""
+    return grade_program(extract_code(response_text), tests, sandbox, language=language, limits=limits)
+
+
+def grade_program(
+    program: str,
+    tests: Sequence[StdioTest | FunctionTest],
+    sandbox: Runner,
+    *,
+    language: str = "python",
+    limits: Limits | None = None,
+) -> Verdict:
+    """Run a program on all tests, up to the first that fails.
 
     Args:
-        response_text: With fenced code blocks, of which the last counts; without any, the program itself.
         limits: Of each test; by default the sandbox's.
     Returns: `reason` names the first failing test, counted from 1, with its status. `graded=False` where the sandbox failed, not the
         program.
@@ -38,7 +49,6 @@ def grade_code(
         raise ValueError("there are no tests; a program needs at least one to be graded")
     if language != "python" and any(isinstance(test, FunctionTest) for test in tests):
         raise ValueError(f"a FunctionTest is Python; language is {language!r}")
-    program = extract_code(response_text)
     if not program.strip():
         return Verdict(correct=False, answer=program, reason="the response holds no program")
     for number, test in enumerate(tests, start=1):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from tandem.engine.reward.code import grade_code
+from tandem.engine.reward.code import extract_code, grade_program
 from tandem.engine.reward.code_tests import FunctionTest, Runner, StdioTest
 from tandem.engine.reward.execution import Limits
 from tandem.engine.reward.languages import LANGUAGES, missing_tools
@@ -62,10 +62,17 @@ def read_code_tests(grading: str) -> CodeTests:
 
 
 class CodeGrader:
-    """Runs each response's program on the hidden tests of its prompt, several programs at a time."""
+    """Runs programs on the hidden tests of their prompts, several at a time.
+
+    Many responses to one prompt are the same program. One that asks for what waits or runs already (the same program, tests and limits)
+    gets that run's verdict; one that comes after its end gets a run of its own. So a program that behaves differently from run to run
+    still has the expected reward that it deserves, and a lucky verdict is never kept: it counts for the responses that asked for it
+    together, and the next to write that program is judged anew. What sharing takes from such a program is the averaging over its copies.
+    """
 
     def __init__(self, sandbox: ClosableRunner, *, num_workers: int) -> None:
         self._sandbox = sandbox
+        self._running: dict[tuple[str, str], Future[Verdict]] = {}  # by program and grading; entries leave it on the threads below
         # Threads, for they only wait: a run ends by the sandbox's limit of wall time.
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="code-grader")
 
@@ -83,8 +90,14 @@ class CodeGrader:
 
     def grade(self, text: str, prompt: Prompt, *, is_complete: bool) -> Future[Verdict]:
         """A response that was cut may still hold a whole program."""
-        spec = read_code_tests(prompt.grading)
-        return self._threads.submit(grade_code, text, spec.tests, self._sandbox, language=spec.language, limits=spec.limits)
+        spec, program = read_code_tests(prompt.grading), extract_code(text)
+        key = program, prompt.grading
+        verdict = self._running.get(key)
+        if verdict is None:
+            verdict = self._threads.submit(grade_program, program, spec.tests, self._sandbox, language=spec.language, limits=spec.limits)
+            self._running[key] = verdict
+            verdict.add_done_callback(lambda _: self._running.pop(key))
+        return verdict
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,45 @@ def test_the_judge_grades_programs_in_the_sandbox_in_the_background() -> None:
     assert "test 2 of 2: wrong answer" in reasons[1]
     assert "runtime error" in reasons[2]
     assert "time limit" in reasons[3]
+
+
+class HeldRuns:
+    """Every run waits until told; then programs that begin with "right" print 3, others 0."""
+
+    def __init__(self) -> None:
+        self.sources: list[str] = []
+        self.may_end = threading.Event()
+
+    def run(self, source: str, **options: Any) -> Execution:
+        self.sources.append(source)
+        assert self.may_end.wait(60)
+        return Execution(status=Status.OK, stdout=b"3" if source.startswith("right") else b"0")
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_same_program_is_run_once_for_all_who_wait_for_it() -> None:
+    sandbox, one, other = HeldRuns(), prompt_of(tests=STDIO[:1]), prompt_of(tests=STDIO[:1], limits={"wall_s": 2})
+    with contextlib.closing(CodeGrader(sandbox, num_workers=1)) as grader:
+        texts = ["```\nright\n```", "right\n", "wrong", "Well:\n```python\nright\n```\nDone.", "wrong", "right"]
+        done = [grader.grade(text, one, is_complete=True) for text in texts] + [grader.grade("right", other, is_complete=True)]
+        sandbox.may_end.set()
+        assert [future.result(60).correct for future in done] == [True, True, False, True, False, True, True]
+    assert sandbox.sources == ["right\n", "wrong", "right", "right"]  # other limits and other text are other runs
+
+
+def test_a_verdict_is_not_kept_for_those_who_come_later() -> None:
+    """A program that passes now and then must not live off one lucky run; nor does a fault of the sandbox stick to a program."""
+    sandbox, prompt = HeldRuns(), prompt_of(tests=STDIO[:1])
+    sandbox.may_end.set()
+    with contextlib.closing(CodeGrader(sandbox, num_workers=2)) as grader:
+        for _ in range(3):
+            assert grader.grade("right", prompt, is_complete=True).result(60).correct
+            deadline = time.monotonic() + 60
+            while grader._running and time.monotonic() < deadline:  # waiters wake a moment before a run's end is noted
+                time.sleep(0.001)
+    assert sandbox.sources == ["right"] * 3
 
 
 class DownSandbox:
