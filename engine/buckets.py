@@ -1,10 +1,11 @@
-"""Buckets in memory that the processes of one node share, and the counters by which they take turns.
+"""Buckets in memory that processes of one node share, and the counters by which they take turns.
 
-The checkpoint engine's ranks write them and a rollout engine's process reads them, so this lies beneath both. No message is
+The checkpoint engine's ranks write them and a rollout engine's processes read them, so this lies beneath both. No message is
 sent per bucket: that took longer than copying one.
 
-The memory is anonymous (memfd): no file system holds a name for it, so it is gone with the last process that has it
-open, however that process ends. Other processes of the same user open it as /proc/PID/fd/FD.
+Counters, and buckets in host memory, are anonymous (memfd): no file system holds a name for them, so they are gone with the last process
+that has them open, however that process ends. Other processes of the same user open them as /proc/PID/fd/FD. Buckets may lie in the
+memory of a GPU instead (device_buckets.py).
 """
 
 import mmap
@@ -20,15 +21,19 @@ import numpy as np
 import torch
 import xxhash
 
+from tandem.engine.device_buckets import DeviceHandle, DeviceSlots
 from tandem.engine.types import TensorMeta, WeightSink
 
+Region = tuple[tuple[int, int], ...]  # (start, stop) of every dimension of a tensor
+
 NUM_SLOTS = 4  # one is written, one is read, and two are ready, so that neither side waits for the other's every bucket
-_LINE = 8  # int64 per rank: one cache line, so that ranks do not slow each other down
+MAX_PROCESSES = 32  # of one engine
+_LINE = 40  # int64 per rank: whole cache lines, so that ranks do not slow each other down
 _YIELDS = 20  # turns of a wait that only yield the core; more would keep it from those that are waited for
 _SLEEP_S = 20e-6
 
-# Counters of a rank, in its cache line.
-WRITTEN, CHECKSUMMED, LOADED, FAILED = range(4)
+# Counters of a rank, in its cache lines. LOADED + p is that of process p of the engine which the rank leads.
+WRITTEN, CHECKSUMMED, FAILED, LOADED = range(4)
 
 
 class PeerLost(RuntimeError):
@@ -41,20 +46,30 @@ class PeerFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class SharedMemoryHandle:
-    """What another process of the node needs to open the memory."""
+    """What another process of the node needs to open the memory.
+
+    With `kernel_checksums`, entries are checksummed by kernels/checksum, and otherwise by xxh3-64.
+    """
 
     pid: int
     control: int
-    slots: tuple[int, ...]  # file descriptors in process `pid`
+    slots: tuple[int, ...]  # file descriptors in process `pid`; () where the buckets lie in a GPU's memory
+    device_slots: tuple[DeviceHandle, ...] = ()
+    kernel_checksums: bool = False
 
 
 class BucketSlice(NamedTuple):
-    """Bytes [tensor_start, tensor_start + num_bytes) of a tensor, lying at bucket_start in a bucket."""
+    """Bytes [tensor_start, tensor_start + num_bytes) of a tensor, lying at bucket_start in a bucket.
+
+    Where a stream brings only parts of the tensors, `region` are the elements, in coordinates of the whole tensor. They lie side by side
+    in the bucket, and are no run of bytes of the tensor when columns are cut; `tensor_start` is then the first one's byte.
+    """
 
     name: str
     tensor_start: int
     num_bytes: int
     bucket_start: int
+    region: Region | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +77,10 @@ class BucketStream:
     """What a rollout engine is told once, and takes over every swap with: where the buckets are and what lies in them.
 
     Buckets of a swap have tickets, which rise over all swaps: `first_ticket`, `first_ticket + 1`, …. Bucket n may be read once the
-    CHECKSUMMED counter of all `ranks` has reached its ticket, and its slot is given back by the LOADED counter of `leader`.
+    CHECKSUMMED counter of all `ranks` has reached its ticket, and its slot is given back by the counter LOADED + `process` of `leader`.
+
+    Every process of an engine of several takes over a stream of its own, `of_process`. They may be the same buckets, in which each finds
+    what it wants, or those of different GPUs.
     """
 
     tensors: tuple[TensorMeta, ...]
@@ -71,8 +89,14 @@ class BucketStream:
     pids: Mapping[int, int]
     bucket_bytes: int
     handle: SharedMemoryHandle
-    leader: int  # the rank that leads the engine
+    leader: int  # the rank in whose line the engine's counters are
     timeout_s: float  # of every wait for a bucket
+    process: int = 0
+    following: "tuple[BucketStream, ...]" = ()  # those of the engine's processes 1, 2, …
+
+    def of_process(self, index: int) -> "BucketStream":
+        """The stream of one process of the engine."""
+        return self.following[index - 1] if index else self
 
     @property
     def max_entries(self) -> int:
@@ -100,44 +124,81 @@ class StreamingWeightSink(WeightSink, Protocol):
         ...
 
 
+@runtime_checkable
+class ShardedWeightSink(StreamingWeightSink, Protocol):
+    """A sink whose engine has processes that want only parts of the tensors."""
+
+    def wanted_regions(self) -> Sequence[Sequence[tuple[str, Region]] | None]:
+        """Of each process of the engine, what it wants, with repetitions or not; None: everything. Asked once, before the first swap."""
+        ...
+
+
+@runtime_checkable
+class DeviceWeightSink(StreamingWeightSink, Protocol):
+    """A sink whose processes take buckets from the memory of the parameters' device: process p shares that of rank leader + p."""
+
+    opens_device_memory: bool
+
+
 class SharedBuckets:
-    """One node's buckets, checksums and counters.
+    """A place's buckets, checksums and counters.
 
     Args:
-        ranks: the node's ranks, the same list on each.
-        pids: process id of each of `ranks`.
+        ranks: those that write the buckets or lead an engine that reads them, the same list for each process.
+        pids: process ids of ranks whose end is to be noticed, of `ranks` at least.
         bucket_bytes: size of each slot.
         max_entries: most entries of a bucket.
         handle: opened from the process that created it; None creates it.
-    Raises: OSError if the memory cannot be created or opened.
+        device: whose memory the slots are in, and whose kernels make the checksums; None: host memory. Used to create.
+    Raises: OSError or RuntimeError if the memory cannot be created or opened.
     """
 
     def __init__(
-        self, ranks: Sequence[int], pids: Mapping[int, int], bucket_bytes: int, max_entries: int, handle: SharedMemoryHandle | None = None
+        self,
+        ranks: Sequence[int],
+        pids: Mapping[int, int],
+        bucket_bytes: int,
+        max_entries: int,
+        handle: SharedMemoryHandle | None = None,
+        *,
+        device: torch.device | None = None,
     ) -> None:
         self._index = {rank: index for index, rank in enumerate(ranks)}
         counter_bytes = len(ranks) * _LINE * 8
         control_bytes = counter_bytes + NUM_SLOTS * max_entries * 8
+        self._device_slots: DeviceSlots | None = None
         if handle is None:
-            self._fds = [os.memfd_create("tandem-swap", os.MFD_CLOEXEC) for _ in range(1 + NUM_SLOTS)]
-            for fd, size in zip(self._fds, (control_bytes, *[bucket_bytes] * NUM_SLOTS), strict=True):
+            num_files = 1 if device is not None and device.type == "cuda" else 1 + NUM_SLOTS
+            self._fds = [os.memfd_create("tandem-swap", os.MFD_CLOEXEC) for _ in range(num_files)]
+            for fd, size in zip(self._fds, [control_bytes, *[bucket_bytes] * NUM_SLOTS], strict=False):
                 os.ftruncate(fd, size)
+            self.has_kernel_checksums = device is not None
+            if device is not None and device.type == "cuda":
+                self._device_slots = DeviceSlots.create(device, bucket_bytes, NUM_SLOTS)
         else:
             self._fds = [os.open(f"/proc/{handle.pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC) for fd in (handle.control, *handle.slots)]
+            self.has_kernel_checksums = handle.kernel_checksums
+            if handle.device_slots:
+                self._device_slots = DeviceSlots.open(handle.device_slots)
         control = np.frombuffer(mmap.mmap(self._fds[0], control_bytes), dtype=np.int64)
         self._counters = control[: counter_bytes // 8].reshape(len(ranks), _LINE)
         self.checksums = control[counter_bytes // 8 :].view(np.uint64).reshape(NUM_SLOTS, max_entries)
-        self.slots = [torch.frombuffer(mmap.mmap(fd, bucket_bytes), dtype=torch.uint8) for fd in self._fds[1:]]
-        self.memories: list[memoryview] = [slot.numpy().data for slot in self.slots]
+        self.memories: list[memoryview] = []  # of slots in host memory
+        if self._device_slots is not None:
+            self.slots = self._device_slots.tensors
+        else:
+            self.slots = [torch.frombuffer(mmap.mmap(fd, bucket_bytes), dtype=torch.uint8) for fd in self._fds[1:]]
+            self.memories = [slot.numpy().data for slot in self.slots]
         # A pidfd becomes readable when its process ends, also as a zombie.
-        self._peers = {os.pidfd_open(pids[rank]): rank for rank in ranks if pids[rank] != os.getpid()}
+        self._peers = {os.pidfd_open(pid): rank for rank, pid in pids.items() if pid != os.getpid()}
         self._poll, self._poll_lock = select.poll(), threading.Lock()
         for pidfd in self._peers:
             self._poll.register(pidfd, select.POLLIN)
 
     @property
     def handle(self) -> SharedMemoryHandle:
-        return SharedMemoryHandle(os.getpid(), self._fds[0], tuple(self._fds[1:]))
+        device_slots = () if self._device_slots is None else self._device_slots.handles
+        return SharedMemoryHandle(os.getpid(), self._fds[0], tuple(self._fds[1:]), device_slots, self.has_kernel_checksums)
 
     def path(self, slot: int) -> str:
         """Where another process of this user opens the slot, as long as this one lives."""
@@ -151,6 +212,11 @@ class SharedBuckets:
         """Let the others see `value`, and everything that was written to the slots before."""
         _fence()
         self._counters[self._index[rank], counter] = value
+
+    def fail(self, swap: int) -> None:
+        """Let all that wait here see that the swap failed. Whoever writes it writes the same, so any line will do."""
+        _fence()
+        self._counters[0, FAILED] = swap
 
     def progress(self, rank: int, counter: int) -> int:
         """The value that `rank` published last."""

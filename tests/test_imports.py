@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "mesh_rules": {"architecture", *CONFIG},  # read by the trainer and by the check before a run
     "routing": {"architecture"},  # by the trainer's routers and the rollout engine's
     "kernels": set(),
-    "buckets": {"types"},
+    "buckets": {"types", "device_buckets"},
+    "device_buckets": set(),
     "trace": set(),
     "progress": set(),
     "log": {*CONFIG, *LOG},
