@@ -1,6 +1,6 @@
 """Draws docs/toy_code.png from finished runs of the recipe toy_code and prints the README's table.
 
-    python benchmarks/toy_code_plot.py runs/toy_code_0 runs/toy_code_1
+    python benchmarks/toy_code_plot.py runs/toy_code_0 runs/toy_code_1 runs/toy_code_2
 
 One line per run: pass@1 and reward over the iterations.
 """
@@ -11,6 +11,8 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,13 +28,23 @@ def values(run: ToyRun, metric: str) -> list[float]:
     return [row[metric] for row in run.rows if row.get(metric) is not None]
 
 
-def num_programs(run: ToyRun) -> int:
-    """Programs that the sandbox graded: all responses of the rollouts, and one for each held-out prompt of each evaluation."""
+def num_graded(run: ToyRun) -> int:
+    """Responses that the sandbox graded: all of the rollouts, and one for each held-out prompt of each evaluation."""
     config = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
     num_held_out = config["data"]["task"]["num_test"]
     if config["evaluation"]["max_prompts"] is not None:
         num_held_out = min(num_held_out, config["evaluation"]["max_prompts"])
     return round(sum(values(run, "reward/code/num_responses"))) + num_held_out * len(values(run, "eval/pass_at_1"))
+
+
+def different_share(run: ToyRun) -> float:
+    """Different programs to one prompt in one iteration, of the responses of the rollouts: the others had no run of their own."""
+    num_different = num_responses = 0
+    for file in (run.path / "rollouts").glob("step_*.parquet"):
+        responses = pq.read_table(file, columns=["prompt_id", "extracted"]).to_pylist()
+        num_different += len({(one["prompt_id"], one["extracted"]) for one in responses})
+        num_responses += len(responses)
+    return num_different / num_responses
 
 
 def grading_share(run: ToyRun) -> float:
@@ -44,14 +56,14 @@ def grading_share(run: ToyRun) -> float:
 def table(runs: Sequence[ToyRun]) -> str:
     """Markdown: one row per run."""
     lines = [
-        "| run | pass@1 after SFT | pass@1 after RL | reward, first 3 iterations | last 3 | programs run | grading | time |",
+        "| run | pass@1 after SFT | pass@1 after RL | reward, first 3 | last 3 | responses graded | different programs | grading |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         before, after = run.ends("eval/pass_at_1")
         rewards = values(run, "rollout/reward")
         first, last = statistics.mean(rewards[:NUM_AVERAGED]), statistics.mean(rewards[-NUM_AVERAGED:])
-        rest = f"{num_programs(run)} | {grading_share(run):.0%} of an iteration | {run.minutes:.1f} min"
+        rest = f"{num_graded(run)} | {different_share(run):.0%} | {grading_share(run):.0%} of an iteration"
         lines.append(f"| {run.path.name} | {before:.3f} | {after:.3f} | {first:.3f} | {last:.3f} | {rest} |")
     return "\n".join(lines)
 
