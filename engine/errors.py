@@ -37,9 +37,10 @@ def clear_errors(rank: int = 0) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        from tandem.engine.types import CheckpointError  # here: it brings torch, which takes seconds, and help needs none
+        # here: it brings torch, which takes seconds, and help needs none
+        from tandem.engine.types import CheckpointError, DeviceMemoryError
 
-        if not isinstance(error, RunEnded | CheckpointError):
+        if not isinstance(error, RunEnded | CheckpointError | DeviceMemoryError):
             raise
         fail(str(error), status=1)
     except (ValueError, FileNotFoundError) as error:

@@ -301,6 +301,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint was not saved; says on every rank what could not be written and which one is the newest. Those before it are whole."""
 
 
+class DeviceMemoryError(RuntimeError):
+    """A GPU has too little memory for the side whose turn it is, or the other side left too much on it; says which, how much, and what
+    to lower. The trainer's state is whole."""
+
+
 class WeightTransferError(RuntimeError):
     """A swap failed and was rolled back on every rank; names rank, bucket and tensor."""
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import apply_factories
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
@@ -28,10 +28,12 @@ from tandem.engine.trainer.batch import LocalBatch, RoutingOptions, localise, nu
 from tandem.engine.trainer.context_parallel import gather_replicated
 from tandem.engine.trainer.finite import FiniteCheck, NonFiniteError
 from tandem.engine.trainer.layers import transformer_config
+from tandem.engine.trainer.memory import TrainerMemory
 from tandem.engine.trainer.mesh import Mesh, check_schedule
 from tandem.engine.trainer.model import PolicyModel, build_chunks, initialise, weight_shards
+from tandem.engine.trainer.reductions import from_last_stage, sum_gradients
 from tandem.engine.trainer.router import check_options, routers_of, update_expert_biases
-from tandem.engine.trainer.state import set_num_steps, sharded_optimizer
+from tandem.engine.trainer.state import hold_values, set_num_steps, sharded_optimizer
 from tandem.engine.types import WeightShard
 
 
@@ -80,11 +82,12 @@ class MegatronTrainer:
         self._ddp = [
             DistributedDataParallel(self._model_config, ddp_config, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
         ]
-        self._model_config.finalize_model_grads_func = _sum_gradients
+        self._model_config.finalize_model_grads_func = sum_gradients
         if config.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self._ddp]
             self._model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # pyright: ignore[reportAttributeAccessIssue]
         self._optimizer = optimizers.build_optimizer(config, self._ddp)
+        self.memory = TrainerMemory(self._ddp, self._optimizer, device)
         self._lr, self._optimizer_config = config.optimizer.lr, config.optimizer
         self._num_skipped = 0  # steps in a row, for numbers that are none
 
@@ -99,11 +102,13 @@ class MegatronTrainer:
         return self._hf_config
 
     def weight_shards(self) -> list[WeightShard]:
-        """All parameters of this rank, live, in a fixed order. After writing into them call `weights_changed`."""
+        """All parameters of this rank, live (those that sleep come back), in a fixed order. After writing call `weights_changed`."""
+        self.memory.wake_parameters()
         return weight_shards(self._chunks, self.mesh)
 
     def weights_changed(self) -> None:
         """Take over weights that were written into the tensors of `weight_shards` (a tied output layer and master weights)."""
+        self.memory.check_awake("weights_changed")
         if self._architecture.tie_word_embeddings and self.mesh.pp_size > 1:
             self._copy_tied_embedding()
         self._optimizer.reload_model_params()
@@ -128,6 +133,7 @@ class MegatronTrainer:
 
     def reset_optimizer(self) -> None:
         """Fresh moments and step count."""
+        self.memory.check_awake("reset_optimizer")
         optimizers.reset_state(self._optimizer)
 
     # Passes over microbatches
@@ -135,6 +141,7 @@ class MegatronTrainer:
     @torch.no_grad()
     def logprobs(self, microbatches: Sequence[Microbatch]) -> list[torch.Tensor]:
         """Log-probs of the targets where loss_mask_T is set, 0 elsewhere: [T] fp32 per microbatch, on every rank of the dp index."""
+        self.memory.check_awake("logprobs")
         for chunk in self._ddp:
             chunk.eval()
         found = self._run(microbatches, lambda batch, stats_2T, index: (stats_2T.sum() * 0, stats_2T[0]), forward_only=True)
@@ -239,6 +246,7 @@ class MegatronTrainer:
 
         Raises: NonFiniteError on all ranks.
         """
+        self.memory.check_awake(what)
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
@@ -266,7 +274,7 @@ class MegatronTrainer:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         sums[losses.MISMATCH_MAX] = largest
         if self.mesh.pp_size > 1:
-            _from_last_stage(sums)
+            from_last_stage(sums)
         return sums
 
     def _run(
@@ -358,7 +366,7 @@ class MegatronTrainer:
         joined = (
             torch.cat(list(found))[:total] if self.mesh.is_last_stage else torch.empty(total, device=self._inverse_frequencies_D.device)
         )
-        _from_last_stage(joined)
+        from_last_stage(joined)
         return list(joined.split(list(lengths)))
 
     # Checkpoints
@@ -367,11 +375,14 @@ class MegatronTrainer:
         """For `megatron.core.dist_checkpointing`: model and optimizer, loadable under any other layout of the ranks.
 
         The tensors in it are the live ones: `dist_checkpointing.load` writes into them, and `load_sharded` must follow.
+        Of a trainer that sleeps they are its copies on the host, for saving only.
         """
-        state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(self._chunks)}
-        if optimizer:
-            state["optimizer"] = sharded_optimizer(self._optimizer, state)
-        apply_factories(state)  # so that loading need not put their parts together again
+        with self.memory.read_on_host():
+            state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(self._chunks)}
+            if optimizer:
+                state["optimizer"] = sharded_optimizer(self._optimizer, state)
+            apply_factories(state)  # so that loading need not put their parts together again
+            hold_values(state)
         return state
 
     def load_sharded(self, state: Mapping[str, Any]) -> None:
@@ -380,18 +391,8 @@ class MegatronTrainer:
         Without the key "optimizer" the model alone was loaded, and the moments stay. (`dist_checkpointing.load` adds that key also where
         it was not asked for; `load_latest` removes it.) Learning rate, betas, eps and weight decay stay this trainer's.
         """
+        self.memory.check_awake("load_sharded")
         if "optimizer" in state:
             set_num_steps(self._optimizer, state["optimizer"]["step"])
         else:
             self.weights_changed()
-
-
-def _from_last_stage(x: torch.Tensor) -> None:
-    """Overwrite x with the last pipeline stage's."""
-    group: Any = parallel_state.get_pipeline_model_parallel_group()
-    dist.broadcast(x, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
-
-
-def _sum_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """Megatron's reductions without its division by tokens: the loss is already divided by the global normaliser."""
-    finalize_model_grads(model, None, **kwargs)

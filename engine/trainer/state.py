@@ -65,6 +65,13 @@ def sharded_optimizer(optimizer: Any, model: Mapping[str, Any]) -> dict[str, Any
     return {"step": max(steps), "tensors": tensors}
 
 
+def hold_values(state: Mapping[str, Any]) -> None:
+    """Let a sharded state hold tensors of its own on the present memory, whatever the trainer's then move to."""
+    for place in nested_values(dict(state)):
+        if isinstance(place, ShardedTensor) and place.data is not None:
+            place.data = place.data.detach()
+
+
 def set_num_steps(optimizer: Any, num_steps: int) -> None:
     """How many steps the moments are of: what Adam corrects their bias by."""
     for part in parts_of(optimizer):
