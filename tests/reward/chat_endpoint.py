@@ -121,7 +121,7 @@ def chat_server(script: Script, *, models: Any = ("grader",)) -> Iterator[ChatSe
         http.server_close()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"

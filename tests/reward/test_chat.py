@@ -1,7 +1,7 @@
 """The client of OpenAI-compatible endpoints, against a real server that fails in every way."""
 
 import socket
-import time
+import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
@@ -12,6 +12,7 @@ import pytest
 from tandem.engine.reward.chat import ChatClient, ChatError, Endpoint, MalformedReplyError, Reply, final_object, read_key
 from tests.reward.chat_endpoint import Answer, chat_server, completion, saying, wait_until
 
+WAIT_S = 120  # for what takes a moment on a quiet machine
 QUESTION = [{"role": "user", "content": "How much is 2 + 3?"}]
 
 
@@ -20,12 +21,12 @@ def ask(client: ChatClient, *, num_tries: int = 1) -> "Future[str]":
 
 
 def endpoint(url: str, **options: Any) -> Endpoint:
-    return Endpoint(url=url, **{"attempt_s": 5.0, "deadline_s": 20.0, "max_tokens": 64, **options})
+    return Endpoint(url=url, **{"attempt_s": 20.0, "deadline_s": 100.0, "max_tokens": 64, **options})
 
 
 def test_a_reply_comes_back_and_the_request_has_the_fields_of_the_api() -> None:
     with chat_server(saying("5")) as server, ChatClient(endpoint(server.url, api_key="secret-1")) as client:
-        assert ask(client).result(20) == "5"
+        assert ask(client).result(WAIT_S) == "5"
     (request,) = server.requests
     assert request == {"model": "grader", "messages": QUESTION, "max_tokens": 64, "seed": 1, "temperature": 0}
     assert server.headers[0]["Authorization"] == "Bearer secret-1"
@@ -49,8 +50,8 @@ def test_an_api_key_shows_in_no_representation() -> None:
 )
 def test_what_may_pass_by_itself_is_tried_again(bad: Answer) -> None:
     with chat_server(lambda body, number: bad if number == 0 else Answer(body=completion("5"))) as server:
-        with ChatClient(endpoint(server.url, attempt_s=1.0)) as client:
-            assert ask(client).result(20) == "5"
+        with ChatClient(endpoint(server.url, attempt_s=3.0)) as client:
+            assert ask(client).result(WAIT_S) == "5"
         assert len(server.requests) == 2
         assert server.requests[0] == server.requests[1]
 
@@ -59,33 +60,39 @@ def test_a_refusal_is_final_and_says_what_the_endpoint_said() -> None:
     refusal = Answer(body={"error": {"message": "this model's context is 64 tokens"}}, status=400)
     with chat_server(lambda body, number: refusal) as server, ChatClient(endpoint(server.url)) as client:
         with pytest.raises(ChatError, match=r"status 400: .*context is 64 tokens"):
-            ask(client).result(20)
+            ask(client).result(WAIT_S)
         assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("bad", [Answer(body="", status=500), Answer(body=completion("5"), delay_s=60)], ids=["down", "hangs"])
 def test_a_question_ends_by_its_deadline(bad: Answer) -> None:
-    with chat_server(lambda body, number: bad) as server, ChatClient(endpoint(server.url, attempt_s=0.4, deadline_s=1.5)) as client:
-        start = time.monotonic()
-        with pytest.raises(ChatError, match=r"no reply within 1\.5 s; the last problem: (status 500|no answer within)"):
-            ask(client).result(20)
-        assert time.monotonic() - start < 10
+    with chat_server(lambda body, number: bad) as server, ChatClient(endpoint(server.url, attempt_s=0.4, deadline_s=3)) as client:
+        with pytest.raises(ChatError, match=r"no reply within 3 s; the last problem: (status 500|no answer within)"):
+            ask(client).result(WAIT_S)
         assert len(server.requests) >= 2
 
 
 def test_a_longer_wait_than_the_deadline_allows_is_not_begun() -> None:
     busy = Answer(body="", status=429, headers={"Retry-After": "3600"})
-    with chat_server(lambda body, number: busy) as server, ChatClient(endpoint(server.url)) as client:
-        start = time.monotonic()
+    with chat_server(lambda body, number: busy) as server, ChatClient(endpoint(server.url, deadline_s=1000.0)) as client:
         with pytest.raises(ChatError, match="status 429"):
-            ask(client).result(20)
-        assert time.monotonic() - start < 10
+            ask(client).result(WAIT_S)
+        assert len(server.requests) == 1
 
 
 def test_only_so_many_questions_are_asked_at_a_time_and_all_are_answered() -> None:
-    with chat_server(lambda body, number: Answer(body=completion(str(number)), delay_s=0.02)) as server:
+    second_came = threading.Event()
+
+    def script(body: dict[str, Any], number: int) -> Answer:
+        """The first answer is held back until there is a second question."""
+        if number > 0:
+            second_came.set()
+        assert second_came.wait(WAIT_S)
+        return Answer(body=completion(str(number)))
+
+    with chat_server(script) as server:
         with ChatClient(endpoint(server.url, max_concurrent=3)) as client:
-            replies = [future.result(60) for future in [ask(client) for _ in range(24)]]
+            replies = [future.result(WAIT_S) for future in [ask(client) for _ in range(24)]]
         assert sorted(map(int, replies)) == list(range(24))
         assert 1 < server.most_at_once <= 3
 
@@ -98,11 +105,11 @@ def test_a_reply_that_cannot_be_read_is_asked_for_again_with_another_seed() -> N
             raise MalformedReplyError(f"{reply.text!r} is no number") from error
 
     with chat_server(saying("five", "5?", "5")) as server, ChatClient(endpoint(server.url)) as client:
-        assert client.submit(client.ask(QUESTION, read, num_tries=3)).result(20) == 5
+        assert client.submit(client.ask(QUESTION, read, num_tries=3)).result(WAIT_S) == 5
         assert [(request["seed"], request["temperature"]) for request in server.requests] == [(1, 0), (2, 0.7), (3, 0.7)]
     with chat_server(saying("five")) as server, ChatClient(endpoint(server.url)) as client:
         with pytest.raises(MalformedReplyError, match=r"'five' is no number \(reply 2 of 2\)"):
-            client.submit(client.ask(QUESTION, read, num_tries=2)).result(20)
+            client.submit(client.ask(QUESTION, read, num_tries=2)).result(WAIT_S)
         assert len(server.requests) == 2
 
 

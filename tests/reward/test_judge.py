@@ -243,12 +243,12 @@ def test_a_run_whose_groups_are_all_dropped_ends_with_the_graders_reason(monkeyp
 
 def test_a_grader_that_never_answers_holds_a_run_up_for_the_timeout_only_and_late_answers_change_nothing() -> None:
     grader = ByHand()
-    with judge_with(grader, timeout_s=0.2) as judge:
+    with judge_with(grader, timeout_s=2.0) as judge:
         judge.submit(group_of("a", "b"))
         grader.futures[1][1].set_result(Verdict(correct=True))
         (scored,) = judge.finish()
         assert [verdict.graded for verdict in scored.verdicts] == [False, True]
-        assert scored.verdicts[0].reason == "no verdict came for 0.2 s (reward.timeout_s)"
+        assert scored.verdicts[0].reason == "no verdict came for 2 s (reward.timeout_s)"
         judge.submit(group_of("c", serial=1))
         grader.futures[0][1].set_result(Verdict(correct=True))
         assert judge.take_scored() == []
@@ -271,27 +271,25 @@ def test_text_with_the_graders_is_bounded_and_the_rest_follows(monkeypatch: pyte
         assert len(grader.futures) == 40
 
 
-def test_five_thousand_slow_responses_are_graded_by_workers_while_the_caller_goes_on() -> None:
-    pool = WorkerPool(4, deadline_s=60)
-    with judge_with(WorkerGrader(pool, calls.is_answer_slowly)) as judge:
-        groups = [group_of(*(f"2ms A:{i % 3 + 17}." for i in range(10)), serial=serial) for serial in range(500)]
-        scored = []
+def test_five_thousand_responses_are_graded_by_workers_while_the_caller_goes_on(tmp_path: Path) -> None:
+    pool, go = WorkerPool(4, deadline_s=120), tmp_path / "go"
+    with judge_with(WorkerGrader(pool, calls.is_answer_late)) as judge:
+        groups = [group_of(*(f"{go} A:{i % 3 + 17}." for i in range(10)), serial=serial) for serial in range(500)]
         for group in groups:
             judge.submit(group)
-            scored += judge.take_scored()
-        num_scored_before = len(scored)
-        scored += judge.finish()
+        assert judge.take_scored() == []  # and the caller has come this far
+        go.touch()
+        scored = judge.finish()
         stats = judge.take_stats()["arithmetic"]
-    assert num_scored_before < 500, "the caller waited for its graders"
     assert [group.serial for group in scored] == list(range(500))
     assert all([verdict.correct for verdict in group.verdicts] == [i % 3 == 1 for i in range(10)] for group in scored)
     assert (stats.num_responses, stats.num_not_graded) == (5000, 0)
-    assert stats.latency_s(0.5) > 0.002
+    assert stats.latency_s(0.5) > 0
 
 
 def test_a_crash_and_a_hang_in_a_worker_cost_one_response_each() -> None:
     texts = ["A:18.", "crash", "A:17.", "hang", "A:18."]
-    with judge_with(WorkerGrader(WorkerPool(2, deadline_s=0.5), calls.crash_or_answer), max_retries=0) as judge:
+    with judge_with(WorkerGrader(WorkerPool(2, deadline_s=2), calls.crash_or_answer), max_retries=0) as judge:
         judge.submit(group_of(*texts))
         (scored,) = judge.finish()
     assert [(verdict.correct, verdict.graded) for verdict in scored.verdicts] == [
@@ -302,18 +300,21 @@ def test_a_crash_and_a_hang_in_a_worker_cost_one_response_each() -> None:
         (True, True),
     ]
     assert "signal 11" in scored.verdicts[1].reason
-    assert "did not end within 0.5 s" in scored.verdicts[3].reason
+    assert "did not end within 2 s" in scored.verdicts[3].reason
 
 
-def test_a_worker_killed_from_outside_costs_at_most_another_try() -> None:
-    pool = WorkerPool(2, deadline_s=60)
-    with judge_with(WorkerGrader(pool, calls.is_answer_slowly)) as judge:
-        for _ in range(20):
-            judge.submit(group_of(*["20ms A:18."] * 4))
+def test_a_worker_killed_from_outside_costs_at_most_another_try(tmp_path: Path) -> None:
+    pool, go, late = WorkerPool(2, deadline_s=120), tmp_path / "go", tmp_path / "late"
+    go.touch()
+    with judge_with(WorkerGrader(pool, calls.is_answer_late)) as judge:
+        for serial in range(20):
+            judge.submit(group_of(*[f"{go if serial < 5 else late} A:18."] * 4))
         scored = judge.take_scored()
         while len(scored) < 5:
+            time.sleep(0.005)
             scored += judge.take_scored()
         os.kill(pool.worker_pids[0], signal.SIGKILL)
+        late.touch()
         scored += judge.finish()
         stats = judge.take_stats()["arithmetic"]
     assert len(scored) == 20
@@ -326,10 +327,10 @@ def test_a_killed_run_leaves_no_worker_of_its_graders() -> None:
 import time
 from tandem.engine.reward.workers import WorkerPool
 from tests.reward import test_judge as t
-with t.judge_with(t.WorkerGrader(WorkerPool(2, deadline_s=600), t.calls.is_answer_slowly)) as judge:
-    judge.submit(t.group_of("1ms", "1ms"))
+with t.judge_with(t.WorkerGrader(WorkerPool(2, deadline_s=600), t.calls.is_answer_late)) as judge:
+    judge.submit(t.group_of("/", "/"))
     judge.finish()
-    judge.submit(t.group_of("600000ms", "600000ms"))
+    judge.submit(t.group_of("/never", "/never"))
     print(*judge._graders["arithmetic"].pool.worker_pids, flush=True)
     time.sleep(600)
 """
@@ -339,7 +340,7 @@ with t.judge_with(t.WorkerGrader(WorkerPool(2, deadline_s=600), t.calls.is_answe
         pids = [int(pid) for pid in process.stdout.readline().split()]
         process.kill()
     assert len(pids) == 2
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(is_running(pid) for pid in pids)

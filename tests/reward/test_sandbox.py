@@ -14,6 +14,7 @@ from tandem.engine.reward.languages import LanguageError
 from tandem.engine.reward.sandbox import Sandbox
 from tests.reward.sandboxes import sandbox_or_skip
 
+WAIT_S = 120  # for what takes a moment on a quiet machine
 ECHO = {
     "python": "print(input()[::-1])",
     "cpp": "#include <iostream>\n#include <algorithm>\n"
@@ -37,7 +38,7 @@ def test_a_program_reads_stdin_and_writes_stdout(sandbox: Sandbox, language: str
         pytest.skip(f"{TOOL[language]} is not installed")
     done = sandbox.run(ECHO[language], language=language, stdin="abc\n")
     assert (done.status, done.stdout, done.exit_code) == (Status.OK, b"cba\n", 0), done.stderr.decode()
-    assert 0 < done.cpu_s < 5
+    assert 0 < done.cpu_s < sandbox.limits.cpu_s
     assert 0 < done.peak_bytes < 256 * MIB
 
 
@@ -114,10 +115,8 @@ print(1)
     ],
 )
 def test_each_limit_has_its_own_status(sandbox: Sandbox, source: str, limits: Limits, status: Status) -> None:
-    start = time.monotonic()
     done = sandbox.run(source, limits=limits)
     assert done.status is status, done
-    assert time.monotonic() - start < 60
     assert len(done.stdout) <= limits.output_bytes
     assert sandbox.run("print(1)").stdout == b"1\n"
 
@@ -147,33 +146,40 @@ def test_threads_share_the_workers_and_each_gets_its_own_result() -> None:
         assert results == {number: b"%d\n" % number**2 for number in range(24)}
 
 
+def zygote_with_a_program(others: list[psutil.Process]) -> psutil.Process:
+    """The zygote of the sandbox that is not among the others, once it runs a program."""
+    [bubblewrap] = [child for child in psutil.Process().children() if child not in others]
+    deadline = time.monotonic() + WAIT_S
+    while len(bubblewrap.children(recursive=True)) < 3:  # zygote, supervisor, program
+        assert time.monotonic() < deadline, "no program was started"
+        time.sleep(0.01)
+    [zygote] = bubblewrap.children()
+    return zygote
+
+
 def test_a_worker_that_died_is_a_sandbox_error_and_is_replaced() -> None:
     others = psutil.Process().children()
-    with sandbox_or_skip() as sandbox:
+    with sandbox_or_skip(limits=Limits(wall_s=WAIT_S)) as sandbox:
         results = []
-        running = threading.Thread(target=lambda: results.append(sandbox.run("import time; time.sleep(30)")))
+        running = threading.Thread(target=lambda: results.append(sandbox.run("import time; time.sleep(600)")))
         running.start()
-        [bubblewrap] = [child for child in psutil.Process().children() if child not in others]
-        deadline = time.monotonic() + 30
-        while len(bubblewrap.children(recursive=True)) < 3 and time.monotonic() < deadline:  # zygote, supervisor, program
-            time.sleep(0.01)
-        [zygote] = bubblewrap.children()
-        zygote.kill()
-        running.join(30)
+        zygote_with_a_program(others).kill()
+        running.join(WAIT_S)
         assert results[0].status is Status.SANDBOX_ERROR
         assert sandbox.run("print(1)").stdout == b"1\n"
 
 
 def test_a_closed_sandbox_ends_those_who_wait_and_refuses_others() -> None:
+    others = psutil.Process().children()
     with sandbox_or_skip() as sandbox:
         results: list[Status] = []
         threads = [threading.Thread(target=lambda: results.append(sandbox.run("import time; time.sleep(0.5)").status)) for _ in range(4)]
         for thread in threads:
             thread.start()
-        time.sleep(0.2)
+        zygote_with_a_program(others)
         sandbox.close()
         for thread in threads:
-            thread.join(30)
+            thread.join(WAIT_S)
         assert results.count(Status.OK) >= 1
         assert set(results) <= {Status.OK, Status.SANDBOX_ERROR}
         assert len(results) == 4

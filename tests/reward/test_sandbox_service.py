@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from tandem.engine.reward.code import grade_code
 from tandem.engine.reward.code_tests import StdioTest
 from tandem.engine.reward.execution import Limits, Status
 from tandem.engine.reward.remote import RemoteSandbox
+from tests.reward.chat_endpoint import wait_until
 
-LIMITS = Limits(wall_s=5, cpu_s=3, output_bytes=1 << 16)
+LIMITS = Limits(wall_s=10, cpu_s=3, output_bytes=1 << 16)
 
 
 @dataclass(frozen=True)
@@ -37,30 +39,36 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def start_server(port: int) -> Server | None:
+    """None if it ended."""
+    words = [sys.executable, "-m", "tandem.engine.cli", "sandbox-serve", "--port", str(port), "--workers", "1", "--queue", "1"]
+    words += ["--limits.wall-s", "10", "--limits.cpu-s", "3", "--limits.output-bytes", str(1 << 16)]
+    process = subprocess.Popen(words)
+    url = f"http://127.0.0.1:{port}"
+    while process.poll() is None:
+        try:
+            httpx.get(f"{url}/health", timeout=20)
+            return Server(url, process)
+        except httpx.HTTPError:
+            time.sleep(0.1)
+    return None
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """One worker, and two requests may wait."""
+    """One worker, and one request may wait."""
     try:
         check_available(is_root=os.geteuid() == 0)
     except UnavailableError as error:
         pytest.skip(f"no sandbox on this machine: {error}")
-    port = free_port()
-    words = [sys.executable, "-m", "tandem.engine.cli", "sandbox-serve", "--port", str(port), "--workers", "1", "--queue", "2"]
-    words += ["--limits.wall-s", "5", "--limits.cpu-s", "3", "--limits.output-bytes", str(1 << 16)]
-    process = subprocess.Popen(words)
-    url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            httpx.get(f"{url}/health", timeout=20)
-            break
-        except httpx.HTTPError:
-            assert process.poll() is None, "the server ended"
-            assert time.monotonic() < deadline, "the server does not answer"
-            time.sleep(0.1)
-    yield Server(url, process)
+    started = None
+    for _ in range(3):  # somebody else may get the port
+        started = started or start_server(free_port())
+    assert started is not None, "the server ended"
+    yield started
+    process = started.process
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) in (0, -signal.SIGTERM)
+    assert process.wait(120) in (0, -signal.SIGTERM)
     assert not list(Path("/sys/fs/cgroup").rglob(f"tandem-{process.pid}-*"))
 
 
@@ -77,7 +85,7 @@ def test_a_remote_sandbox_is_used_like_one_here(server: Server) -> None:
             files={"data": b"\xfe"},
         )
         assert (done.status, done.stdout) == (Status.OK, b"\xfe\xff\0"), done
-        assert sandbox.run("while True: pass", limits=Limits(wall_s=5, cpu_s=0.3, output_bytes=1)).status is Status.TIME_LIMIT
+        assert sandbox.run("while True: pass", limits=Limits(wall_s=10, cpu_s=0.3, output_bytes=1)).status is Status.TIME_LIMIT
         assert sandbox.run("while True: print('x' * 1000)", limits=LIMITS).status is Status.OUTPUT_LIMIT
         assert grade_code("print(int(input()) + 1)", [StdioTest(stdin="1", expected="2")], sandbox).correct
         assert not grade_code("print(int(input()) + 2)", [StdioTest(stdin="1", expected="2")], sandbox).correct
@@ -101,7 +109,7 @@ def test_metrics_count_runs_by_language_and_status(server: Server) -> None:
 
 def test_bad_requests_are_refused_with_the_rule(server: Server) -> None:
     with RemoteSandbox(server.url) as sandbox:
-        with pytest.raises(ValueError, match="at most 5"):
+        with pytest.raises(ValueError, match="at most 10"):
             sandbox.run("", limits=Limits(wall_s=60))
         with pytest.raises(ValueError, match="'cobol'; it must be one of"):
             sandbox.run("", language="cobol")
@@ -113,25 +121,24 @@ def test_bad_requests_are_refused_with_the_rule(server: Server) -> None:
 
 
 def test_a_full_queue_turns_requests_away_and_clients_come_back(server: Server) -> None:
-    sleeper = {"source": "import time; time.sleep(2)"}
-    answers: list[httpx.Response] = []
+    sleeper = {"source": "import time; time.sleep(3)"}
+    before = metric(server, "sandbox_refused_total")
+    with ThreadPoolExecutor(2) as threads:
 
-    def post() -> None:
-        answers.append(httpx.post(f"{server.url}/run", json=sleeper, timeout=60))
+        def post() -> "Future[httpx.Response]":
+            return threads.submit(httpx.post, f"{server.url}/run", json=sleeper, timeout=60)
 
-    threads = [threading.Thread(target=post) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    while not any(answer.status_code == 429 for answer in answers):
-        assert any(thread.is_alive() for thread in threads), answers
-        time.sleep(0.01)
-    with RemoteSandbox(server.url) as patient:
-        assert patient.run("print(1)", limits=LIMITS).stdout == b"1\n"
-    for thread in threads:
-        thread.join()
-    assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 429, 429, 429]
-    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers if answer.status_code == 429)
-    assert metric(server, "sandbox_refused_total") >= 3
+        answers = [post()]
+        wait_until(lambda: metric(server, "sandbox_running") == 1)
+        answers.append(post())
+        wait_until(lambda: metric(server, "sandbox_waiting") == 1)
+        refused = httpx.post(f"{server.url}/run", json=sleeper, timeout=60)
+        with RemoteSandbox(server.url) as patient:
+            assert patient.run("print(1)", limits=LIMITS).stdout == b"1\n"
+    assert refused.status_code == 429
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert [answer.result().status_code for answer in answers] == [200, 200]
+    assert metric(server, "sandbox_refused_total") >= before + 2  # the patient one too
 
 
 def test_a_service_that_is_not_there_is_a_sandbox_error() -> None:
@@ -157,9 +164,7 @@ def test_sigterm_lets_a_run_end(server: Server) -> None:
             target=lambda: results.append(sandbox.run("import time; time.sleep(1.5); print('whole')", limits=LIMITS))
         )
         running.start()
-        deadline = time.monotonic() + 20
-        while metric(server, "sandbox_running") == 0 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: metric(server, "sandbox_running") == 1)
         server.process.send_signal(signal.SIGTERM)
-        running.join(60)
+        running.join(120)
     assert results[0].stdout == b"whole\n", results

@@ -11,11 +11,11 @@ import psutil
 
 @dataclass(frozen=True)
 class Traces:
-    """What a run could leave on the machine."""
+    """What a run could leave on the machine. Workers, whose group has their id, may have been replaced: they are counted."""
 
-    processes: frozenset[int]
+    num_processes: int
     mounts: frozenset[str]
-    cgroups: frozenset[str]
+    num_cgroups: int
     shared_memory: frozenset[str]
     temporary: frozenset[str]
 
@@ -27,15 +27,15 @@ class Traces:
             line for line in Path("/proc/self/mounts").read_text().splitlines() if re.search(r" /(box|mnt|tmp|dev/shm)/?\S* tmpfs", line)
         ]
         return cls(
-            processes=frozenset(child.pid for child in psutil.Process().children(recursive=True)),
+            num_processes=len(psutil.Process().children(recursive=True)),
             mounts=frozenset(mounts),
-            cgroups=frozenset(groups),
+            num_cgroups=len(groups),
             shared_memory=frozenset(name for name in os.listdir("/dev/shm") if "hostile" in name),
             temporary=frozenset(name for name in os.listdir("/tmp") if "hostile" in name),
         )
 
 
-def settled(before: Traces, timeout_s: float = 20.0) -> Traces:
+def settled(before: Traces, timeout_s: float = 60.0) -> Traces:
     """What is there once it is no more than before, or after the time."""
     deadline = time.monotonic() + timeout_s
     while (after := Traces.now()) != before and time.monotonic() < deadline:

@@ -20,6 +20,13 @@ def sleep(seconds: float) -> float:
     return seconds
 
 
+def wait_for(file: str) -> str:
+    """Returns once the file is there."""
+    while not os.path.exists(file):
+        time.sleep(0.005)
+    return file
+
+
 def compute_forever() -> int:
     """One operation in C that holds the interpreter's lock for ages: neither a thread nor a signal handler would get to run."""
     return len(str(9 ** (9**9)))
@@ -58,9 +65,9 @@ def is_answer(text: str, answer: str) -> bool:
     return f"A:{answer}." in text
 
 
-def is_answer_slowly(text: str, answer: str) -> bool:
-    """As long as the text says: "5ms A:18." takes 5 ms."""
-    time.sleep(int(text.split("ms")[0]) / 1000)
+def is_answer_late(text: str, answer: str) -> bool:
+    """Once the file is there that the text begins with: "/tmp/go A:18."."""
+    wait_for(text.split()[0])
     return is_answer(text, answer)
 
 
