@@ -14,7 +14,6 @@ import torch.distributed as dist
 from tandem.engine.config import RunConfig
 from tandem.engine.errors import clear_errors
 from tandem.engine.train import train
-from tandem.engine.watchdog import read_beat
 
 
 class Launched:
@@ -31,17 +30,6 @@ class Launched:
         self.pids = [_fork(config, rank, num_ranks, folder, prepare) for rank in range(num_ranks)]
         self._statuses: dict[int, int] = {}
 
-    def beat(self, rank: int) -> tuple[str, int]:
-        """Phase and iteration of a rank of this launch; ("", -1) before it has any."""
-        beat = read_beat(self.logs, rank)
-        return (beat["phase"], beat["iteration"]) if beat is not None and beat["pid"] == self.pids[rank] else ("", -1)
-
-    def is_in(self, rank: int, moment: str) -> bool:
-        """Whether a rank is in this phase; "save": whether a checkpoint is being written, beside whatever phase it is."""
-        if moment == "save":
-            return self.beat(rank)[1] >= 0 and any((self.logs.parent / "checkpoints").glob("partial_*"))
-        return self.beat(rank)[0] == moment
-
     def signal(self, rank: int, number: int) -> None:
         os.kill(self.pids[rank], number)
 
@@ -53,6 +41,21 @@ class Launched:
                 if ended:
                     self._statuses[rank] = os.waitstatus_to_exitcode(status)
         return dict(self._statuses)
+
+    def wait_until_stopped(self, rank: int, timeout_s: float) -> bool:
+        """Wait until a rank has stopped (SIGSTOP, see tests/moments.py). False if it ended before."""
+        deadline = time.monotonic() + timeout_s
+        while rank not in self._statuses:
+            ended, status = os.waitpid(self.pids[rank], os.WNOHANG | os.WUNTRACED)
+            if ended and os.WIFSTOPPED(status):
+                return True
+            if ended:
+                self._statuses[rank] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(f"rank {rank} did not stop within {timeout_s:g} s\n{self.output()}")
+            time.sleep(0.01)
+        return False
 
     def wait(self, timeout_s: float) -> list[int]:
         """Exit codes in rank order. Raises: TimeoutError with the ranks' output; everything is killed then."""

@@ -16,7 +16,7 @@ import torch._dynamo  # torch's optimizers import it when they are built; once h
 import torch.distributed as dist
 
 
-def run_ranks(fn: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 90) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 240) -> list[Any]:
     """Call fn(*args) on `num_ranks` forked processes with torch.distributed initialised; returns their results in rank order.
 
     Results are written with torch.save. Each rank computes with one thread.

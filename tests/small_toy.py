@@ -97,7 +97,7 @@ def run_dir(warm_started: Path, tmp_path: Path) -> Iterator[Path]:
     """A copy of the warm start. Whatever becomes of a run, its engines are gone afterwards."""
     shutil.copytree(warm_started, tmp_path / "run")
     yield tmp_path / "run"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while (left := engines_running()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left
@@ -117,7 +117,7 @@ def engines_running() -> list[int]:
 def export(run_dir: Path, to: Path) -> None:
     """In a process of its own, as a user would."""
     command = [sys.executable, "-m", "tandem.engine.cli", "export", str(run_dir), "--to", str(to)]
-    subprocess.run(command, check=True, timeout=100, capture_output=True)
+    subprocess.run(command, check=True, timeout=240, capture_output=True)
 
 
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:

@@ -8,26 +8,27 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tandem.engine.config import SwapConfig
 from tandem.engine.data.journal import SegmentJournal
 from tandem.engine.trace import read_part
+from tests import moments
 from tests.faults import STEPS, faulty_run, outcome
 from tests.launched import Launched
 
-# Generous where a quiet machine needs seconds: a launch, what is left of a run, and the end of ranks whose peer died.
-LAUNCH_S, END_S = 100, 30
-# How long after a phase began a kill comes at most, in seconds: about as long as the phase takes.
-DELAYS = {"rollout": 0.3, "train": 0.1, "swap": 0.003, "checkpoint": 0.02, "save": 0.1}
-MOMENTS = tuple(DELAYS)
+# Generous where a quiet machine needs seconds: a launch with its run, and the end of ranks whose peer died.
+LAUNCH_S, END_S = 240, 120
+# Within how many function calls after a moment began a kill comes: about as many as a rank makes in it.
+NUM_CALLS = {"rollout": 12_000, "train": 15_000, "swap": 1_500, "checkpoint": 9_000, "save": 6_000}
+MOMENTS = tuple(NUM_CALLS)
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]  # seconds each where nothing else runs
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]  # seconds each where nothing else runs
 
 
 @pytest.fixture(scope="module")
@@ -66,34 +67,21 @@ def finish(run_dir: Path, folder: Path, **changes: Any) -> Launched:
     return launched
 
 
-def stop_in(launched: Launched, rank: int, moment: str, delay_s: float, num_passed: int = 0) -> bool:
-    """Stop a rank (SIGSTOP) within its next such moment, `delay_s` after it began. False if the run ended before.
-
-    `num_passed` iterations with such a moment are let pass.
-    """
-    deadline, passed = time.monotonic() + LAUNCH_S, set[int]()
-    while not launched.poll() and time.monotonic() < deadline:
-        _, iteration = launched.beat(rank)
-        if iteration in passed or not launched.is_in(rank, moment):
-            time.sleep(0.0002)
-        elif len(passed) < num_passed:
-            passed.add(iteration)
-        else:
-            time.sleep(delay_s)
-            launched.signal(rank, signal.SIGSTOP)
-            if launched.is_in(rank, moment):
-                return True
-            launched.signal(rank, signal.SIGCONT)
-    return False
+def one_rank(rank: int, moment: Callable[..., None], *arguments: Any, **counts: int) -> Callable[[int], None]:
+    """For `Launched`: this moment comes on one rank."""
+    return lambda of_rank: moment(*arguments, **counts) if of_rank == rank else None
 
 
-def kill_once_saved(launched: Launched, checkpoint: Path) -> None:
-    """Kill rank 0 as soon as this checkpoint is whole: it is written while the run goes on."""
-    deadline = time.monotonic() + LAUNCH_S
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    launched.signal(0, signal.SIGKILL)
-    launched.wait(END_S)
+def at(moment: str, act: Callable[[], None], rank: int, **counts: int) -> Callable[[int], None]:
+    """For `Launched`: `rank` does something to itself in a phase, or (`save`) in the thread that writes a checkpoint beside it."""
+    return one_rank(rank, moments.in_save, act, **counts) if moment == "save" else one_rank(rank, moments.in_phase, moment, act, **counts)
+
+
+def killed(run_dir: Path, folder: Path, prepare: Callable[[int], None], **changes: Any) -> Launched:
+    """A run that one of its ranks does not survive."""
+    launched = Launched(faulty_run(run_dir, **changes), folder, prepare=prepare)
+    assert -signal.SIGKILL in launched.wait(LAUNCH_S), launched.output()
+    return launched
 
 
 def kill_and_resume(run_dir: Path, folder: Path, *, seed: int, kills: dict[str, int]) -> dict[str, int]:
@@ -105,19 +93,18 @@ def kill_and_resume(run_dir: Path, folder: Path, *, seed: int, kills: dict[str, 
     for attempt in range(4 * len(left)):
         if not left:
             break
-        phase, rank = left[0], generator.randrange(2)
-        launched = Launched(faulty_run(run_dir), folder / f"out{attempt}")
-        if stop_in(launched, rank, phase, DELAYS[phase] * generator.random() ** 2, num_passed=generator.randrange(2)):
-            launched.signal(rank, signal.SIGKILL)
-            done[phase] += 1
-            left.pop(0)
-        statuses = launched.wait(END_S)
+        moment, rank = left[0], generator.randrange(2)
+        counts = {"num_passed": generator.randrange(2), "num_calls": generator.randrange(NUM_CALLS[moment])}
+        launched = Launched(faulty_run(run_dir), folder / f"out{attempt}", prepare=at(moment, moments.kill, rank, **counts))
+        statuses = launched.wait(LAUNCH_S)
         assert not launched.left_behind(END_S), "what a dead rank started must end by itself"
         if statuses == [0, 0]:
-            # The run had no such phase left: it begins once more, from a checkpoint of its own.
+            # The run had no such moment left: it begins once more, from a checkpoint of its own.
             for checkpoint in sorted((run_dir / "checkpoints").glob("step_*"))[1:]:
                 shutil.rmtree(checkpoint)
             continue
+        done[moment] += 1
+        left.pop(0)
         assert statuses[rank] == -signal.SIGKILL, launched.output()
         assert statuses[1 - rank] == 1, launched.output()
         survivor = (launched.folder / f"rank_{1 - rank}.out").read_text()
@@ -133,7 +120,6 @@ def test_kill_9_in_every_phase_changes_nothing(run_dir: Path, undisturbed: dict[
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [2, 3])
 def test_kill_9_at_ten_more_moments_changes_nothing(seed: int, run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     kills = {"rollout": 3, "train": 2, "swap": 2, "checkpoint": 1, "save": 2}
@@ -149,16 +135,13 @@ def rollouts_of(run_dir: Path, rank: int, iteration: int) -> list[dict[str, int]
 
 @pytest.mark.slow
 def test_what_had_been_generated_is_not_generated_again(run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
-    launched = Launched(faulty_run(run_dir), tmp_path / "killed")
     journals = [run_dir / "replay" / f"journal_{rank}.sqlite" for rank in (0, 1)]
 
     def recorded(iteration: int) -> list[int]:
         return [SegmentJournal(file).num_tokens(iteration) if file.exists() else 0 for file in journals]
 
     # Iteration 1 is done, but not in a checkpoint: its segments are all there; those of iteration 2 in part.
-    assert stop_in(launched, 0, "train", 0.0, num_passed=1)
-    launched.signal(0, signal.SIGKILL)
-    launched.wait(END_S)
+    killed(run_dir, tmp_path / "killed", at("train", moments.kill, 0, num_passed=1))
     before = [recorded(0), recorded(1)]
     assert min(before[0] + before[1]) > 0
 
@@ -173,27 +156,19 @@ def test_what_had_been_generated_is_not_generated_again(run_dir: Path, undisturb
 
 
 def test_of_an_interrupted_phase_only_what_was_in_flight_is_generated(run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
-    launched = Launched(faulty_run(run_dir), tmp_path / "killed")
     journal = run_dir / "replay" / "journal_1.sqlite"
-    deadline = time.monotonic() + LAUNCH_S
-    while time.monotonic() < deadline and not (journal.exists() and SegmentJournal(journal).num_tokens(0) > 100):
-        time.sleep(0.002)
-    launched.signal(1, signal.SIGKILL)
-    launched.wait(END_S)
+    killed(run_dir, tmp_path / "killed", one_rank(1, moments.after_segment, moments.kill, num_segments=8))
     before = SegmentJournal(journal).num_tokens(0)
     finish(run_dir, tmp_path / "resumed")
     assert outcome(run_dir) == undisturbed
     newest = rollouts_of(run_dir, 1, 0)[-1]
-    assert newest["reused_tokens"] == before > 100
+    assert newest["reused_tokens"] == before > 0
     assert newest["tokens"] > newest["reused_tokens"]
 
 
 @pytest.mark.slow
 def test_other_sampling_settings_find_nothing_in_the_journal(run_dir: Path, tmp_path: Path) -> None:
-    launched = Launched(faulty_run(run_dir), tmp_path / "killed")
-    assert stop_in(launched, 0, "train", 0.0)
-    launched.signal(0, signal.SIGKILL)
-    launched.wait(END_S)
+    killed(run_dir, tmp_path / "killed", at("train", moments.kill, 0))
     assert SegmentJournal(run_dir / "replay" / "journal_0.sqlite").num_tokens(0) > 0
     config = faulty_run(run_dir)
     rollout = dataclasses.replace(config.rollout, top_p=0.9)
@@ -202,15 +177,20 @@ def test_other_sampling_settings_find_nothing_in_the_journal(run_dir: Path, tmp_
 
 
 def test_a_killed_engine_changes_nothing(run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
-    """Killed while it generates, it is replaced within the run; while it takes over weights, the run ends and is started again."""
-    launched = Launched(faulty_run(run_dir), tmp_path / "out")
-    for rank, num_passed in ((0, 0), (1, 1)):
-        assert stop_in(launched, rank, "rollout", 0.02, num_passed=num_passed)
-        engine = next(pid for pid in launched.engines() if os.getpgid(pid) == launched.pids[rank])
-        os.kill(engine, signal.SIGKILL)
-        launched.signal(rank, signal.SIGCONT)
+    """Killed while it generates, once on each rank, and while it takes over weights: it is replaced within the run."""
+
+    def kill_engine() -> None:
+        (engine,) = [child for child in psutil.Process().children() if "tandem.engine.rollout.embedded_worker" in child.cmdline()]
+        engine.kill()
+
+    def prepare(rank: int) -> None:
+        moments.after_segment(kill_engine, num_segments=3, iteration=rank)
+        if rank == 1:
+            moments.in_phase("swap", kill_engine, num_passed=2, num_calls=300)
+
+    launched = Launched(faulty_run(run_dir), tmp_path / "out", prepare=prepare)
     assert launched.wait(LAUNCH_S) == [0, 0], launched.output()
-    assert launched.output().count("died (exit status -9)") == 2
+    assert launched.output().count("It is replaced, and what it was generating is generated again.") == 3
     assert outcome(run_dir) == undisturbed
 
 
@@ -260,9 +240,8 @@ def test_a_journal_that_may_grow_no_more_ends_the_run_and_loses_nothing(run_dir:
 def test_a_damaged_newest_checkpoint_goes_back_to_the_one_before(
     damage: str, run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    launched = Launched(faulty_run(run_dir), tmp_path / "killed")
     newest = run_dir / "checkpoints" / "step_00000002"
-    kill_once_saved(launched, newest)
+    killed(run_dir, tmp_path / "killed", at("save", moments.kill, 0, num_calls=moments.AT_ITS_END))
     file = max((newest / "state").glob("*.distcp"), key=lambda file: file.stat().st_size)
     content = bytearray(file.read_bytes())
     if damage == "cut off":
@@ -279,8 +258,9 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on_as_if_nothing_had_been(
     run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
     for attempt, (phase, num_passed) in enumerate((("rollout", 0), ("train", 1))):
-        launched = Launched(faulty_run(run_dir), tmp_path / f"stopped{attempt}")
-        assert stop_in(launched, 0, phase, 0.01, num_passed=num_passed)
+        moment = at(phase, moments.stop, 0, num_passed=num_passed, num_calls=2000)
+        launched = Launched(faulty_run(run_dir), tmp_path / f"stopped{attempt}", prepare=moment)
+        assert launched.wait_until_stopped(0, LAUNCH_S), launched.output()
         for rank in (0, 1):
             launched.signal(rank, signal.SIGTERM)
         launched.signal(0, signal.SIGCONT)
@@ -298,13 +278,12 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on_as_if_nothing_had_been(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_rank_that_hangs_ends_the_run_with_its_name_and_the_run_goes_on(
     run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    launched = Launched(faulty_run(run_dir, watchdog_s=30.0), tmp_path / "hanging")
-    assert stop_in(launched, 1, "rollout", 0.05)
-    statuses = launched.wait(120)
+    stopped = at("rollout", moments.stop, 1, num_calls=2000)
+    launched = Launched(faulty_run(run_dir, watchdog_s=30.0), tmp_path / "hanging", prepare=stopped)
+    statuses = launched.wait(LAUNCH_S)
     assert statuses == [1, -signal.SIGKILL], launched.output()
     assert not launched.left_behind(END_S)
     assert "rank 1 hangs: its process is stopped or holds the interpreter" in launched.output()
@@ -318,8 +297,7 @@ def test_a_rank_that_hangs_ends_the_run_with_its_name_and_the_run_goes_on(
 @pytest.mark.slow
 def test_a_corrupt_buffer_row_names_the_iteration_to_go_back_to(run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     """A group that waits across a checkpoint is damaged: the run says so, and from an earlier checkpoint it makes the group again."""
-    launched = Launched(faulty_run(run_dir), tmp_path / "killed")
-    kill_once_saved(launched, run_dir / "checkpoints" / "step_00000002")
+    killed(run_dir, tmp_path / "killed", at("save", moments.kill, 0, num_calls=moments.AT_ITS_END))
     database = sqlite3.connect(run_dir / "replay" / "rank_0.sqlite")
     query = "SELECT row_id, payload FROM groups WHERE created = 1 AND ifnull(consumed, 2) >= 2"
     row_id, payload = database.execute(query).fetchone()

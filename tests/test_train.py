@@ -1,13 +1,12 @@
-"""The loop itself, on real parts: Megatron-core ranks, the embedded engine, swaps, the replay buffer, and a task small enough to learn."""
+"""The loop itself, on real parts: Megatron-core ranks, the embedded engine, swaps, the replay buffer, and a task small enough to learn.
+
+tests/test_faults.py has the runs that are killed, and those whose engines are.
+"""
 
 import dataclasses
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pytest
 import torch
 
 from tandem.engine.config import (
-    CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     LogConfig,
@@ -32,7 +30,7 @@ from tandem.engine.log import read_metrics
 from tandem.engine.report import write_report
 from tandem.engine.train import train
 from tests.ranks import run_ranks
-from tests.small_toy import engines_running, small_toy, steps_of, weights_of
+from tests.small_toy import small_toy, steps_of, weights_of
 
 
 def test_reinforcement_raises_the_reward_and_pass_at_1(run_dir: Path) -> None:
@@ -53,47 +51,6 @@ def test_reinforcement_raises_the_reward_and_pass_at_1(run_dir: Path) -> None:
     assert write_report(run_dir).stat().st_size > 100_000
 
 
-def test_a_killed_run_goes_on_bit_for_bit(warm_started: Path, tmp_path: Path) -> None:
-    checkpoint = CheckpointConfig(every=1, keep=8)
-    # Cut responses, a curriculum and priorities: everything that has a state.
-    changes = {
-        "steps": 4,
-        "checkpoint": checkpoint,
-        "rollout": RolloutConfig(max_response_tokens=48, token_budget=1500),
-        "sampling": SamplingConfig(groups_in_flight=24, num_samples=8, curriculum_steps=3),
-    }
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    shutil.copytree(warm_started, whole)
-    shutil.copytree(warm_started, killed)
-    run_ranks(train, 2, small_toy(whole, **changes))
-
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setpgid(0, 0)
-            run_ranks(train, 2, small_toy(killed, **changes))
-        finally:
-            os._exit(0)
-    deadline = time.monotonic() + 60
-    while not any(line["step"] == 1 for line in steps_of(killed)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
-    assert len(children) == 2, "the run ended before it was killed"
-    for child in children:
-        os.killpg(int(child), signal.SIGKILL)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-    run_ranks(train, 2, small_toy(killed, **changes))
-    assert weights_of(killed, 4) == weights_of(whole, 4)
-
-    def comparable(run: Path) -> list[dict[str, Any]]:
-        timed = ("time", "step_s", "phase_s/", "overhead_fraction", "tokens_per_s", "latency_s")
-        return [{name: value for name, value in line.items() if not any(part in name for part in timed)} for line in steps_of(run)]
-
-    assert comparable(killed) == comparable(whole)
-
-
 def test_responses_cut_by_the_budget_are_finished_in_later_iterations(run_dir: Path) -> None:
     rollout, replay = RolloutConfig(max_response_tokens=48, token_budget=601, max_batch=16), ReplayConfig(groups_per_update=1)
     run_ranks(train, 2, small_toy(run_dir, steps=4, rollout=rollout, replay=replay))
@@ -107,16 +64,17 @@ def test_responses_cut_by_the_budget_are_finished_in_later_iterations(run_dir: P
 @pytest.mark.parametrize(
     "changes",
     [
-        {"variant": "grpo"},
-        {"variant": "ppo_clip"},
+        pytest.param({"variant": "grpo"}, marks=pytest.mark.slow),
+        pytest.param({"variant": "ppo_clip"}, marks=pytest.mark.slow),
         {"variant": "gspo"},
         {"variant": "rest"},
-        {"variant": "token_level"},
-        {"baseline": "log_mean_exp"},
+        pytest.param({"variant": "token_level"}, marks=pytest.mark.slow),
+        pytest.param({"baseline": "log_mean_exp"}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: next(iter(changes.values())),
 )
 def test_every_loss_variant_trains(run_dir: Path, changes: Any) -> None:
+    """One with a value per response, and one that takes the right responses only; tests/trainer/test_layouts.py has all of them."""
     loss = LossConfig(scale=0.1, **changes)
     run_ranks(train, 2, small_toy(run_dir, steps=1, loss=loss, evaluation=EvaluationConfig(every=0, max_prompts=4)))
     (line,) = steps_of(run_dir)
@@ -204,27 +162,6 @@ def test_groups_of_one_prompt_are_different_samples(tmp_path: Path) -> None:
     long_ones = [row["response"] for row in rows if row["num_tokens"] == 48]
     assert len(long_ones) > 20
     assert len(set(long_ones)) == len(long_ones)
-
-
-def test_a_killed_engine_is_replaced_and_its_responses_are_generated_again(run_dir: Path) -> None:
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.setpgid(0, 0)
-            run_ranks(train, 2, small_toy(run_dir, steps=6))
-            status = 0
-        finally:
-            os._exit(status)
-    deadline = time.monotonic() + 60
-    for step in (0, 2):
-        while not any(line["step"] == step for line in steps_of(run_dir)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.kill(engines_running()[0], signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    assert status == 0
-    assert [line["step"] for line in steps_of(run_dir)] == list(range(6))
-    assert max(line["train/logprob_diff_mean"] for line in steps_of(run_dir)) < 1e-6
 
 
 def test_torch_is_seeded_by_the_run_and_not_by_what_ran_before(run_dir: Path) -> None:
