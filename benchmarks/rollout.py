@@ -27,14 +27,14 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from tandem.engine.config import RepetitionConfig, RolloutConfig
 from tandem.engine.rollout.embedded import EmbeddedEngine
-from tandem.engine.types import BucketEntry, Completion, GenerationRequest, TensorMeta
+from tandem.engine.types import BucketEntry, Completion, GenerationRequest, TensorMeta, WeightSink
 
 CONTEXT_LENGTH = 256
 SAMPLES_PER_PROMPT = 8
 PAD = 0
 
 
-def toy_model() -> Qwen3ForCausalLM:
+def toy_model(context_length: int = CONTEXT_LENGTH) -> Qwen3ForCausalLM:
     """The network of the toy recipe, with random weights."""
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -45,7 +45,7 @@ def toy_model() -> Qwen3ForCausalLM:
         num_attention_heads=5,
         num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=CONTEXT_LENGTH,
+        max_position_embeddings=context_length,
         tie_word_embeddings=True,
     )
     return Qwen3ForCausalLM(config).eval()
@@ -69,9 +69,9 @@ def workload(num_requests: int) -> list[GenerationRequest]:
     ]
 
 
-def swap_in(engine: EmbeddedEngine, model: Qwen3ForCausalLM) -> None:
+def swap_in(engine: WeightSink, model: Qwen3ForCausalLM, policy_version: int = 0) -> None:
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    engine.prepare(0, [TensorMeta(name=name, shape=tuple(t.shape), dtype=t.dtype) for name, t in tensors.items()])
+    engine.prepare(policy_version, [TensorMeta(name=name, shape=tuple(t.shape), dtype=t.dtype) for name, t in tensors.items()])
     with tempfile.NamedTemporaryFile(dir="/dev/shm") as bucket:
         for name, tensor in tensors.items():
             raw = tensor.contiguous().numpy().tobytes()
@@ -189,7 +189,7 @@ def main() -> None:
     record = {
         "benchmark": "rollout",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.processor() or platform.machine()}, {_cpu_name()}",
+        "machine": f"{platform.processor() or platform.machine()}, {cpu_name()}",
         "threads": arguments.threads,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "num_requests": len(requests),
@@ -201,7 +201,7 @@ def main() -> None:
     print(json.dumps(record))
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 

@@ -60,7 +60,12 @@ class Generation:
         """Replace this leader's engine if it died, outside of a generation. Returns whether it had."""
         if self._engine is None or self._engine.is_alive:
             return False
-        self._replace_engine(EngineDiedError(f"the rollout engine died {when}"))
+        try:
+            self._engine.wait_until_ready()  # of one that is dead: tells why
+            error = EngineDiedError("its process ended")
+        except EngineDiedError as died:
+            error = died
+        self._replace_engine(EngineDiedError(f"the rollout engine died {when}: {error}"))
         return True
 
     def generate(

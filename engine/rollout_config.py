@@ -48,6 +48,10 @@ class SGLangConfig:
     """Tokens that SGLang sends at a time; more cost less to read, but up to as many per response are thrown away where it is cut."""
     start_timeout_s: float = 900.0
     """Deadline for a server to become healthy, in seconds."""
+    health_interval_s: float = 10.0
+    """Time between two questions whether a running server still answers, in seconds."""
+    health_timeout_s: float = 300.0
+    """A server that does not answer such a question for so long is killed and replaced, in seconds: more than its longest step."""
     stall_timeout_s: float = 900.0
     """A server that generates nothing for so long is killed and replaced, in seconds."""
     extra_args: tuple[str, ...] = ()
@@ -60,7 +64,7 @@ class SGLangConfig:
         check(self.kv_tokens is None or self.kv_tokens >= 1, "rollout.sglang.kv_tokens", self.kv_tokens, rule)
         check(0 < self.memory_fraction < 1, "rollout.sglang.memory_fraction", self.memory_fraction, "it must lie between 0 and 1")
         check(self.stream_interval >= 1, "rollout.sglang.stream_interval", self.stream_interval, "it must be at least 1")
-        for name in ("start_timeout_s", "stall_timeout_s"):
+        for name in ("start_timeout_s", "health_interval_s", "health_timeout_s", "stall_timeout_s"):
             check(getattr(self, name) > 0, f"rollout.sglang.{name}", getattr(self, name), "it must be positive")
 
 

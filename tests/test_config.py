@@ -60,6 +60,7 @@ from tandem.engine.config import (
         (lambda: LossConfig(baseline="log_mean_exp", tau=0.0), "loss.tau is 0.0; baseline=log_mean_exp divides by it"),
         (lambda: RolloutConfig(temperature=0.0), "rollout.temperature is 0.0; it must be positive"),
         (lambda: SGLangConfig(port=0), "rollout.sglang.port is 0; it must lie between 1 and 65535, or be None"),
+        (lambda: SGLangConfig(health_timeout_s=0.0), "rollout.sglang.health_timeout_s is 0.0; it must be positive"),
         (lambda: SGLangConfig(stream_interval=0), "rollout.sglang.stream_interval is 0; it must be at least 1"),
         (lambda: SGLangConfig(memory_fraction=1.0), "rollout.sglang.memory_fraction is 1.0; it must lie between 0 and 1"),
         (lambda: SwapConfig(bucket_bytes=100), "swap.bucket_bytes is 100; it must be at least 4096"),

@@ -4,6 +4,7 @@ Meets `RolloutEngine` and `WeightSink`. The server starts with weights of no mea
 dies with this process, however that ends; `restart` replaces one that died.
 """
 
+import asyncio
 import concurrent.futures
 import contextlib
 import threading
@@ -17,6 +18,7 @@ from tandem.engine.config import RolloutConfig
 from tandem.engine.rollout.requests import check_requests
 from tandem.engine.rollout.sglang_client import ServerGoneError, SGLangClient
 from tandem.engine.rollout.sglang_generation import Generation, ServerStalledError
+from tandem.engine.rollout.sglang_health import watch
 from tandem.engine.rollout.sglang_server import SGLangServer
 from tandem.engine.rollout.sglang_weights import UnknownWeightsError, WeightCommands
 from tandem.engine.rollout.weights import DTYPES
@@ -84,6 +86,7 @@ class SGLangEngine:
         self._stream: BucketStream | None = None
         self._generation: Generation | None = None
         self._abort_lock = threading.Lock()
+        self._is_watched = False
 
     @property
     def policy_version(self) -> int:
@@ -158,8 +161,8 @@ class SGLangEngine:
     def _reason(self, error: Exception) -> Exception:
         """What a failed generation is to its caller."""
         if isinstance(error, ServerStalledError):
-            self.server.kill()
-            return self._died(str(error))
+            self.server.kill(str(error))
+            return self._died()
         if isinstance(error, ServerGoneError):
             return self._died()
         return RuntimeError(f"{self.server.name} failed to generate: {error}\n{self.server.log_tail()}")
@@ -188,7 +191,7 @@ class SGLangEngine:
     def _receive(self, stream: BucketStream, policy_version: int, *, swap: int, first_ticket: int) -> PendingReceive:
         """See `StreamingWeightSink.receive`. `commit` fails if anything of it failed."""
         self._check_idle("receive")
-        self.server.wait_until_healthy()
+        self._wait_until_healthy()
         self._prepared = policy_version
         return PendingReceive(self, self._client.submit(self._weights.run("receive", stream, policy_version, swap, first_ticket)))
 
@@ -204,7 +207,7 @@ class SGLangEngine:
 
     def wait_until_ready(self) -> None:
         """See `RolloutEngine.wait_until_ready`."""
-        self.server.wait_until_healthy()
+        self._wait_until_healthy()
 
     def restart(self) -> None:
         """Replace the server, dead or alive, by one without weights (policy_version -1)."""
@@ -227,12 +230,23 @@ class SGLangEngine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _wait_until_healthy(self) -> None:
+        self.server.wait_until_healthy()
+        if not self._is_watched:
+            self._is_watched = True
+            self._client.submit(self._watch())
+
+    async def _watch(self) -> None:
+        why = await watch(self._client, self._config.sglang)
+        if why:  # in a thread of its own: connections that close meanwhile are noticed here
+            await asyncio.to_thread(self.server.kill, f"{why} and was killed")
+
     def _command(self, name: str, work: Coroutine[Any, Any, T]) -> T:
         try:
             self._check_idle(name)
             if self.server.is_closed:
                 raise RuntimeError(f"{self.server.name} is closed")
-            self.server.wait_until_healthy()
+            self._wait_until_healthy()
         except BaseException as error:
             work.close()
             if isinstance(error, EngineDiedError):
@@ -245,8 +259,9 @@ class SGLangEngine:
             return answer.result(self._timeout_s)
         except concurrent.futures.TimeoutError as error:
             answer.cancel()
-            self.server.kill()  # a late answer would be taken for the next command's
-            raise self._died(f"did not answer {command!r} within {self._timeout_s:g} s and was killed") from error
+            # A late answer would be taken for the next command's.
+            self.server.kill(f"did not answer {command!r} within {self._timeout_s:g} s and was killed")
+            raise self._died() from error
         except ServerGoneError as error:
             raise self._died() from error
         except UnknownWeightsError as error:

@@ -18,6 +18,7 @@ import httpx
 T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 5.0
 _ERROR_CHARS = 2000
+_ABORT = "/abort_request"
 
 
 class ServerGoneError(Exception):
@@ -34,6 +35,7 @@ class SGLangClient:
         # Deadlines are the callers': a response may take hours to begin.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self._http = httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False)
+        self.num_commands = self.num_running = 0  # commands sent, and those of them that are not answered yet
         self._finalizer = weakref.finalize(self, _close, self._loop, self._thread, self._http, os.getpid())
 
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
@@ -45,7 +47,12 @@ class SGLangClient:
 
     async def call(self, path: str, **fields: Any) -> Any:
         """POST, and the answer's JSON. Raises: ServerGoneError; RuntimeError with the server's message for another status than 200."""
-        return await self._request("POST", path, fields)
+        counts = path != _ABORT  # no deadline is on it
+        self.num_commands, self.num_running = self.num_commands + counts, self.num_running + counts
+        try:
+            return await self._request("POST", path, fields)
+        finally:
+            self.num_running -= counts
 
     async def get(self, path: str) -> Any:
         """GET; as `call`."""

@@ -59,7 +59,7 @@ def _wait(ends: list[int], session: int) -> set[str]:
 
 def _mapped(session: int) -> set[str]:
     files = set[str]()
-    for pid in _processes(session):
+    for pid in processes(session):
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
                 path = line[line.find("/") :].removesuffix(" (deleted)")
@@ -68,8 +68,8 @@ def _mapped(session: int) -> set[str]:
     return files
 
 
-def _processes(session: int) -> list[int]:
-    """Of a session, without zombies."""
+def processes(session: int) -> list[int]:
+    """Process ids of a session, without zombies."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -83,7 +83,7 @@ def _processes(session: int) -> list[int]:
 def _kill(server: subprocess.Popen[bytes]) -> int:
     """Kill the session. Returns the server's exit status as a shell tells it: 128 more than the signal."""
     deadline = time.monotonic() + _KILL_S
-    while (left := _processes(server.pid)) and time.monotonic() < deadline:
+    while (left := processes(server.pid)) and time.monotonic() < deadline:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

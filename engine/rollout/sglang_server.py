@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from tandem.engine.config import SGLangConfig
+from tandem.engine.rollout.sglang_health import cause_in, stacks
 from tandem.engine.rollout.sglang_versions import SGLangVersion, find_python, version_of
 from tandem.engine.types import EngineDiedError
 
 RECEIVER = "tandem.engine.rollout.sglang_receiver.serve"  # how the server's processes import it
 _LOG_TAIL_BYTES = 3000
+_LOG_BYTES = 1 << 20  # of its end, in which the cause of a death is looked for
 _HEALTH_POLL_S = 0.2
 _HEALTH_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 20.0
@@ -82,6 +84,8 @@ class SGLangServer:
         _fill(folder, self.setup)
         log_path = self.setup.log_path
         self._log: IO[bytes] = tempfile.TemporaryFile() if log_path is None else log_path.open("a+b")  # noqa: SIM115
+        self._log_start = self._log.seek(0, os.SEEK_END)
+        self._killed_for = self._doing = ""
         command = [sys.executable, "-m", "tandem.engine.rollout.sglang_guard", str(os.getpid()), str(folder), *self._command(folder)]
         self._guard = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True)
         self._started_s = time.monotonic()
@@ -159,41 +163,54 @@ class SGLangServer:
         return self._guard.pid
 
     def wait_until_healthy(self) -> None:
-        """Return once the server answers. Raises: EngineDiedError if it ended, or was killed after `start_timeout_s`."""
+        """Return once the server answers, or has. Raises: EngineDiedError if it ended, or was killed after `start_timeout_s`."""
         timeout_s = self.setup.config.start_timeout_s
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         while not self.is_healthy:
             if not self.is_alive:
                 raise self.died("ended before it was healthy")
             if time.monotonic() > self._started_s + timeout_s:
-                self.kill()
-                raise self.died(f"was not healthy within rollout.sglang.start_timeout_s={timeout_s:g} s and was killed")
+                self.kill(f"was not healthy within rollout.sglang.start_timeout_s={timeout_s:g} s and was killed")
+                raise self.died()
             try:
                 with direct.open(f"{self.url}/health", timeout=_HEALTH_TIMEOUT_S) as answer:
                     self.is_healthy = answer.status == 200
             except (OSError, urllib.error.URLError):
                 time.sleep(_HEALTH_POLL_S)
+        if not self.is_alive:
+            raise self.died()
 
     def died(self, how: str = "") -> EngineDiedError:
-        """The error for a server that is gone, with the end of its log."""
+        """The error for a server that is gone: why it was killed, the likely cause in its log, and the log's end."""
+        how = self._killed_for or how
         if not how:
             try:
                 how = f"died (exit status {self._guard.wait(_STOP_TIMEOUT_S)})"
             except subprocess.TimeoutExpired:
                 how = "closed its connection"
-        return EngineDiedError(f"{self.name} {how}; call restart() and send the weights again\n{self.log_tail()}")
+        cause = cause_in(self._read_log(_LOG_BYTES))
+        lines = [f"{self.name} {how}; call restart() and send the weights again", cause, self._doing, self.log_tail()]
+        return EngineDiedError("\n".join(line for line in lines if line))
+
+    def _read_log(self, num_bytes: int) -> str:
+        """The end of what this server has said."""
+        if self._log.closed:
+            return ""
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(self._log_start, size - num_bytes))
+        return self._log.read().decode(errors="replace").strip()
 
     def log_tail(self) -> str:
         if self._log.closed:
             return ""
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - _LOG_TAIL_BYTES))
-        text = self._log.read().decode(errors="replace").strip()
+        text = self._read_log(_LOG_TAIL_BYTES)
         where = "its log" if self.setup.log_path is None else str(self.setup.log_path)
         return f"the end of {where}:\n{text}" if text else f"{where} is empty"
 
-    def kill(self) -> None:
-        """Stop the server; the object stays, to tell why."""
+    def kill(self, why: str = "") -> None:
+        """Stop the server; the object stays, to tell why. With a reason, also what its processes were doing when they were stopped."""
+        if why and not self._killed_for and self.is_alive:
+            self._doing, self._killed_for = stacks(self._guard.pid, self.python), why
         _terminate(self._guard)
 
     def restart(self) -> None:

@@ -20,7 +20,7 @@ from tandem.engine.buckets import StreamingWeightSink
 from tandem.engine.config import RepetitionConfig, RolloutConfig, SGLangConfig
 from tandem.engine.rollout.sglang import SGLangEngine
 from tandem.engine.rollout.sglang_client import SGLangClient
-from tandem.engine.rollout.sglang_guard import SHARED_MEMORY
+from tandem.engine.rollout.sglang_guard import SHARED_MEMORY, processes
 from tandem.engine.rollout.sglang_server import SGLangServer
 from tandem.engine.types import Completion, EngineDiedError, GenerationRequest, StopState, WeightTransferError
 from tests.rollout.models import VOCAB_SIZE, disk_tensors, metas, reference_logprobs, send, serve, tiny_model
@@ -94,6 +94,28 @@ def test_a_server_that_never_becomes_healthy_is_killed_and_says_what_it_said(mod
             serve(engine, models[0])
         assert not engine.is_alive
     assert server_processes() <= before
+
+
+@marked
+@pytest.mark.slow
+def test_a_server_whose_memory_is_not_enough_says_so(models: list[PreTrainedModel]) -> None:
+    need_sglang()
+    setup = setup_of(models[0])
+    setup = dataclasses.replace(setup, hf_config={**setup.hf_config, "intermediate_size": 1 << 32})  # 2.4 TB of weights
+    said = r"ran out of memory: lower .*rollout\.sglang\.kv_tokens.* \(it said: .*memory"
+    with SGLangEngine(SGLangServer(setup), CONFIG, stop_token_ids=()) as engine, pytest.raises(EngineDiedError, match=said):
+        engine.wait_until_ready()
+
+
+@marked
+@pytest.mark.slow
+def test_a_port_that_is_taken_while_the_server_starts_is_named(models: list[PreTrainedModel]) -> None:
+    need_sglang()
+    with SGLangEngine(SGLangServer(setup_of(models[0])), CONFIG, stop_token_ids=()) as engine, socket.socket() as listener:
+        listener.bind(("127.0.0.1", engine.server.port))
+        listener.listen()
+        with pytest.raises(EngineDiedError, match=r"its port was taken while it started: choose another rollout\.sglang\.port"):
+            engine.wait_until_ready()
 
 
 # ---- a server that serves
@@ -259,6 +281,30 @@ def kill_server(engine: SGLangEngine) -> None:
     """kill -9 of SGLang's first process; the guard sees to the others."""
     (child,) = Path(f"/proc/{engine.server.pid}/task/{engine.server.pid}/children").read_text().split()
     os.kill(int(child), signal.SIGKILL)
+
+
+@marked
+def test_an_idle_server_that_hangs_is_killed_and_says_where(sglang_servers: Servers, models: list[PreTrainedModel]) -> None:
+    need_sglang()
+    engine = sglang_servers.engine(models[0], CONFIG)
+    serve(engine, models[0], policy_version=0)
+    (server,) = Path(f"/proc/{engine.server.pid}/task/{engine.server.pid}/children").read_text().split()
+    pids = processes(int(server))
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    # From here on it is asked so often: a deadline this short would also kill a healthy server on a busy machine.
+    hasty = dataclasses.replace(CONFIG, sglang=dataclasses.replace(SGLANG, health_interval_s=0.1, health_timeout_s=1.0))
+    engine = sglang_servers.engine(models[0], hasty)
+    engine.wait_until_ready()
+    deadline = time.monotonic() + 120
+    while engine.is_alive and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with pytest.raises(EngineDiedError, match=r"answered no health check for rollout\.sglang\.health_timeout_s=1 s and was killed") as died:
+        engine.wait_until_ready()
+    assert str(died.value).count("stopped by a signal") == len(pids)
+    assert "'sglang::scheduler'" in str(died.value)
+    assert not set(pids) & server_processes()
+    sglang_servers.close()
 
 
 @marked
