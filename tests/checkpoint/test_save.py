@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def hold_the_last_rank(folder: Path) -> list[Any]:
         seen: list[Any] = [saver.wait()]
         go_on = threading.Event()
         if dist.get_rank() == 1:
-            save_module.fingerprint = lambda file: fingerprint(file) if go_on.wait(60) else {}
+            save_module.fingerprint = lambda file: fingerprint(file) if go_on.wait(240) else {}
         begin(saver, 2)
         for _ in range(3):
             time.sleep(0.05)
@@ -115,21 +116,26 @@ STAGES: dict[str, str] = {
 }
 
 
-def killed_in(folder: Path, victim: int, stage: str) -> None:
-    def kill_when_there(path: Path) -> None:
-        while not path.exists():
-            time.sleep(0)
-        os.kill(os.getpid(), signal.SIGKILL)
+def kill_once_there(path: Path) -> None:
+    """This process, as soon as the call that makes the file or folder returns, on whichever thread."""
 
+    def look(frame: Any, event: str, argument: Any) -> None:
+        if event in ("return", "c_return") and path.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.setprofile(look)
+    sys.setprofile(look)
+
+
+def killed_in(folder: Path, victim: int, stage: str) -> None:
     with CheckpointSaver(folder, keep=2) as saver:
         begin(saver, 1)
         saver.wait()
         if dist.get_rank() == victim:
-            path = folder / STAGES[stage].format(rank=victim)
-            threading.Thread(target=kill_when_there, args=(path,), daemon=True).start()
+            kill_once_there(folder / STAGES[stage].format(rank=victim))
         begin(saver, 2)
         saver.wait()
-        time.sleep(10)
+        time.sleep(240)
 
 
 def load_and_go_on(folder: Path) -> tuple[int, int]:
@@ -173,7 +179,7 @@ def limit_file_size() -> None:
 
 
 def hang() -> None:
-    save_module.fingerprint = lambda file: time.sleep(60)  # pyright: ignore[reportAttributeAccessIssue]
+    save_module.fingerprint = lambda file: time.sleep(240)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def fail_oddly() -> None:
@@ -189,7 +195,7 @@ def fail_oddly() -> None:
             {},
             "rank 1 could not write {folder}/partial_00000002/state/__1_0.distcp: File too large (its part has 4,194,304 bytes, and ",
         ),
-        (hang, {"timeout_s": 1.0}, "rank 1 has not written its part within 1 s (checkpoint.timeout_s)"),
+        (hang, {"timeout_s": 4.0}, "rank 1 has not written its part within 4 s (checkpoint.timeout_s)"),
         (fail_oddly, {}, "rank 1: KeyError: 'missing'"),
     ],
     ids=["disk", "hang", "mistake"],

@@ -1,5 +1,6 @@
 """Swaps into real rollout engines, which watch the buckets themselves, and what is left when something fails on either side."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -60,12 +61,14 @@ def swap_with(fault: str) -> dict[str, Any]:
             again = served(engine)
         engine.close()
         return {"before": before, "after": after, "again": again}
+    if fault == "engine hangs":
+        swap._config = dataclasses.replace(SWAP, timeout_s=HANGING_S)
     if rank == 1:
         disturb(fault, engine)
     with pytest.raises(WeightTransferError) as failure, swap.serving(1):
         raise AssertionError("the block must not be entered")
     buckets.SharedBuckets.publish = PUBLISH
-    engine._timeout_s = SWAP.timeout_s
+    swap._config, engine._timeout_s = SWAP, SWAP.timeout_s
     if engine.is_alive:
         assert engine.policy_version == 0
         assert served(engine) == before
@@ -168,7 +171,7 @@ def test_a_stream_of_another_model_is_refused() -> None:
 def swap_another_model() -> str:
     wider = DENSE | {"vocab_size": DENSE["vocab_size"] * 2}
     engine = start_engine()
-    swap = WeightSwap(Source(wider, (1, 1, 1, 1), 0), engine, SWAP, control_group=group())
+    swap = WeightSwap(Source(wider, (1, 1, 1, 1), 0), engine, SwapConfig(timeout_s=120), control_group=group())
     with pytest.raises(WeightTransferError) as failure, swap.serving(0):
         pass
     engine.close()
