@@ -66,7 +66,7 @@ def test_transformers_loads_bit_for_bit_what_two_ranks_saved(tmp_path: Path, con
     held = [part for rank in run_ranks(save_run, 2, run_dir, config) for part in rank]
     (run_dir / "checkpoints" / "step_00000009").mkdir()  # one that a run beside it would be writing or removing
     command = [sys.executable, "-m", "tandem.engine.cli", "export", str(run_dir), "--to", str(to)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert "after 7 iterations" in done.stdout
     assert (run_dir / "checkpoints" / "step_00000009").is_dir()
@@ -97,7 +97,7 @@ def test_end_tokens_that_only_the_generation_config_names_are_kept(tmp_path: Pat
     write_config(run_dir, config)
     run_ranks(save_run, 1, run_dir, config)
     command = [sys.executable, "-m", "tandem.engine.cli", "export", str(run_dir), "--to", str(to)]
-    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=100, check=True)
+    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=240, check=True)
     assert json.loads((to / "config.json").read_text())["eos_token_id"] == [5, 7]
     assert (to / "generation_config.json").read_text() == (source / "generation_config.json").read_text()
 

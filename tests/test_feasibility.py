@@ -322,7 +322,7 @@ def test_a_run_that_cannot_be_ends_before_anything_is_started_or_written(launche
     if launcher == "torchrun":  # as torchrun starts one of two ranks; nobody listens at the address, so meeting the other would hang
         environment |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
     assert ended.returncode == 2, ended.stderr
     assert "error: " in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -30,7 +30,7 @@ def test_a_benchmark_that_hangs_takes_only_its_part_of_the_time_and_the_others_f
     python.chmod(0o755)
     environment = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "BUDGET_S": "27", "COMMIT": "abc"}
     script = ["bash", "benchmarks/gpu.sh", "--quick", str(tmp_path / "out")]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60, check=False)
+    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240, check=False)
     assert done.returncode == 1
     called = calls.read_text().splitlines()
     benchmarks = [line for line in called if line.startswith("benchmarks/")]
@@ -81,7 +81,7 @@ def test_the_heaviest_case_is_the_first_of_a_run_that_may_be_cut_short(monkeypat
 def test_a_training_step_is_timed_and_its_flop_are_those_of_its_products(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/train_step.py", "--device", "cpu", "--quick", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=110, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     (row,) = read_rows(tmp_path / "train_step.jsonl")
     assert (row.subject, row.run, row.repeats, row.shape["T"]) == ("train_step", "reference", 2, 512)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
     """Standard output of a command that must succeed."""
-    done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -76,7 +76,7 @@ def test_without_a_compiler_the_build_says_so_once_and_succeeds(no_compiler: dic
     for room in ("engine", "kernels", "csrc"):
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tmp_path, env=no_compiler, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=no_compiler, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: ") == done.stderr.count("the kernels in plain torch serve instead") == 1
     assert "_cpu.so is not built (there is no compiler for it)" in done.stderr
@@ -124,7 +124,7 @@ def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
     script = "exec(sys.argv.pop(1).replace('sys.version_info', '(3, 9)'))"
     old.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -c "import sys; {script}" "$@"\n')
     old.chmod(0o755)
-    done = subprocess.run(["make", "install", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(["make", "install", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode != 0
     assert "Tandem needs Python 3.11 or later" in done.stderr
     assert "is 3.9" in done.stderr
@@ -137,9 +137,10 @@ def test_ci_fails_when_no_test_ran(tmp_path: Path) -> None:
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
     (tmp_path / "bin").mkdir()
     make = tmp_path / "bin/make"
+    (tmp_path / "bin/bwrap").symlink_to("/bin/true")  # installing it is not what is tested
     env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     for summary, status in (("12 skipped in 0.1s", 1), ("0 passed", 1), ("10 passed, 2 skipped in 3s", 0)):
         make.write_text(f'#!/bin/sh\n[ "$1" = test ] && echo "{summary}"\nexit 0\n')
         make.chmod(0o755)
-        done = subprocess.run([tmp_path / ".ci/run"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run([tmp_path / ".ci/run"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == status, (summary, done.stdout, done.stderr)

@@ -58,7 +58,7 @@ def held_out_pairs() -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reward_model") / "run"
-    run_ranks(train, 2, learner(folder), timeout_s=280)
+    run_ranks(train, 2, learner(folder))
     return folder
 
 
@@ -68,7 +68,6 @@ def exported(run_dir: Path) -> Path:
     return run_dir.parent / "exported"
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.distributed
 def test_it_tells_right_solutions_from_wrong_ones_of_prompts_that_it_never_saw(run_dir: Path) -> None:
     lines = read_metrics(run_dir)
@@ -100,7 +99,7 @@ def hf_scores(exported: Path) -> list[tuple[float, float]]:
     """Of `held_out_pairs`, by transformers, in one padded batch."""
     texts = [pair["prompt"] + pair[name] for pair in held_out_pairs() for name in ("chosen", "rejected")]
     command = [sys.executable, "-c", SCORE, str(exported)]
-    ended = subprocess.run(command, input=json.dumps(texts), text=True, capture_output=True, timeout=100, check=False)
+    ended = subprocess.run(command, input=json.dumps(texts), text=True, capture_output=True, timeout=240, check=False)
     assert ended.returncode == 0, ended.stderr
     scores = json.loads(ended.stdout)
     return list(zip(scores[0::2], scores[1::2], strict=True))
@@ -110,7 +109,6 @@ def test_the_exported_folder_is_a_classifier_of_transformers_that_ranks_alike(hf
     assert sum(chosen > rejected for chosen, rejected in hf_scores) > 0.9 * len(hf_scores)
 
 
-@pytest.mark.timeout(240)
 def test_the_grader_scores_as_transformers_does_and_knows_a_right_solution(exported: Path, hf_scores: list[tuple[float, float]]) -> None:
     grader = open_grader("preference", RewardConfig(preference_model=str(exported)), num_workers=1)
     try:
@@ -118,7 +116,7 @@ def test_the_grader_scores_as_transformers_does_and_knows_a_right_solution(expor
         graded = [
             grader.grade(pair[name], prompt_of(pair["prompt"]), is_complete=True) for pair in pairs for name in ("chosen", "rejected")
         ]
-        verdicts = [verdict.result(60) for verdict in graded if isinstance(verdict, Future)]
+        verdicts = [verdict.result(240) for verdict in graded if isinstance(verdict, Future)]
         cut = grader.grade(pairs[0]["chosen"], prompt_of(pairs[0]["prompt"]), is_complete=False)
     finally:
         grader.close()
@@ -132,19 +130,18 @@ def test_the_grader_scores_as_transformers_does_and_knows_a_right_solution(expor
     assert found == pytest.approx([score for pair in hf_scores for score in pair], abs=1e-3)
 
 
-@pytest.mark.timeout(240)
 def test_what_the_grader_cannot_score_is_not_graded(exported: Path) -> None:
     scoring = Scoring.read(exported)
-    grader = PreferenceGrader(exported, scoring, num_workers=1, timeout_s=1e-3)
+    grader = PreferenceGrader(exported, scoring, num_workers=1, timeout_s=1e-6)
     try:
         late = grader.grade("A:1.", prompt_of("1+1?"), is_complete=True)
         assert isinstance(late, Future)
-        verdict = late.result(60)
+        verdict = late.result(240)
     finally:
         grader.close()
     assert not verdict.graded
-    assert "did not end within 0.001 s" in verdict.reason
-    grader = PreferenceGrader.open(str(exported), threshold=1e9, num_workers=1, timeout_s=60)
+    assert "did not end within 1e-06 s" in verdict.reason
+    grader = PreferenceGrader.open(str(exported), threshold=1e9, num_workers=1, timeout_s=240)
     try:
         long, short = (
             grader.grade("1" * 100, prompt_of("1+1?"), is_complete=True),
@@ -152,9 +149,9 @@ def test_what_the_grader_cannot_score_is_not_graded(exported: Path) -> None:
         )
         assert isinstance(long, Future)
         assert isinstance(short, Future)
-        assert not long.result(60).graded
+        assert not long.result(240).graded
         assert "the reward model's context is 64" in long.result().reason
-        assert short.result(60).graded
+        assert short.result(240).graded
         assert not short.result().correct  # nothing reaches that threshold
     finally:
         grader.close()

@@ -86,18 +86,17 @@ def test_what_the_endpoint_left_undecided_is_tried_again_and_a_changed_problem_t
         assert len(server.requests) == 4
 
 
-@pytest.mark.timeout(240)  # three processes that import torch, on a busy machine
 def test_a_real_model_that_writes_garbage_leaves_problems_out_and_responses_ungraded(tmp_path: Path) -> None:
     problems = write_problems(tmp_path / "problems.jsonl", ADD, {**ADD, "id": "two", "question": "Print their sum."})
     with model_server(tmp_path / "tiny", max_position_embeddings=8192) as server:
         words = [sys.executable, "-m", "tandem.engine.cli", "testgen", str(problems), "--to", str(tmp_path / "out"), "--url", server.url]
         words += ["--max-tokens", "32", "--tests", "3", "--min-valid", "3"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=110, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
         grader = ModelJudge.open(RewardConfig(judge_url=server.url, judge_max_tokens=16))
         prompt = Prompt(id="p", text="How much is 1 + 1?", token_ids=(1,), answer="two", domain="judge")
         verdict = grader.grade("It is two.", prompt, is_complete=True)
         assert isinstance(verdict, Future)
-        assert not verdict.result(60).graded
+        assert not verdict.result(240).graded
         assert "reply 3 of 3" in verdict.result().reason
         grader.close()
     assert done.returncode == 0, done.stderr

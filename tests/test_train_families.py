@@ -68,8 +68,8 @@ def small_run(tmp_path: Path, model: Path, *, mesh: MeshConfig, trainer: Trainer
     ("family", "mesh", "options", "tp"),
     [
         ("deepseek_v3", MeshConfig(ep=2), ROUTED | {"moe_bias_update_rate": 0.001}, 1),
-        ("qwen3_moe", MeshConfig(tp=2, sequence_parallel=True, ep=2), ROUTED, 2),
-        ("qwen2", MeshConfig(tp=2, sequence_parallel=True), {}, 2),
+        pytest.param("qwen3_moe", MeshConfig(tp=2, sequence_parallel=True, ep=2), ROUTED, 2, marks=pytest.mark.slow),
+        pytest.param("qwen2", MeshConfig(tp=2, sequence_parallel=True), {}, 2, marks=pytest.mark.slow),
         ("llama, tied", MeshConfig(pp=2), {}, 1),
     ],
     ids=["deepseek_v3 ep2", "qwen3_moe tp2 ep2", "qwen2 tp2", "llama pp2"],

@@ -28,6 +28,7 @@ SHOWN: dict[str, Any] = {
     "evaluation": EvaluationConfig(every=0, max_prompts=4),
     "log": LogConfig(tensorboard=False, rollouts_every=1, progress=False),
 }
+TWO_STEPS: dict[str, Any] = {"steps": 2, "checkpoint": CheckpointConfig(every=1, keep=4), **SHOWN}
 
 
 class SometimesLate(WorkerGrader):
@@ -69,24 +70,32 @@ def is_late(row: dict[str, Any]) -> bool:
     return share_of(row["prompt_id"] + row["response"]) < SHARE
 
 
-def test_how_long_each_verdict_takes_changes_nothing_and_a_resumed_run_is_the_same(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, changes = copy_of(run_dir, "slow"), {"steps": 2, "checkpoint": CheckpointConfig(every=1, keep=4), **SHOWN}
-    run_ranks(train, 2, small_toy(run_dir, **changes))
+@pytest.fixture(scope="module")
+def plain(warm_started: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two iterations with verdicts that come at once, and checkpoints of both."""
+    folder = Path(shutil.copytree(warm_started, tmp_path_factory.mktemp("plain") / "run"))
+    run_ranks(train, 2, small_toy(folder, **TWO_STEPS))
+    return folder
+
+
+def test_how_long_each_verdict_takes_changes_nothing_and_a_resumed_run_is_the_same(
+    run_dir: Path, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = run_dir
     graded_by(monkeypatch, lambda: SometimesLate(num_failures=0))
-    run_ranks(train, 2, small_toy(slow, **changes))
-    assert weights_of(slow, 2) == weights_of(run_dir, 2)
-    assert steps_of(slow)[0]["reward/arithmetic/latency_s_median"] > 10 * steps_of(run_dir)[0]["reward/arithmetic/latency_s_median"]
+    run_ranks(train, 2, small_toy(slow, **TWO_STEPS))
+    assert weights_of(slow, 2) == weights_of(plain, 2)
+    assert steps_of(slow)[0]["reward/arithmetic/latency_s_median"] > steps_of(plain)[0]["reward/arithmetic/latency_s_median"]
     shutil.rmtree(slow / "checkpoints" / "step_00000002")
-    run_ranks(train, 2, small_toy(slow, **changes))
-    assert weights_of(slow, 2) == weights_of(run_dir, 2)
+    run_ranks(train, 2, small_toy(slow, **TWO_STEPS))
+    assert weights_of(slow, 2) == weights_of(plain, 2)
 
 
-def test_a_verdict_at_the_second_try_is_as_good_as_one_at_the_first(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    retried = copy_of(run_dir, "retried")
-    run_ranks(train, 2, small_toy(run_dir, steps=1, **SHOWN))
+def test_a_verdict_at_the_second_try_is_as_good_as_one_at_the_first(run_dir: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    retried = run_dir
     graded_by(monkeypatch, lambda: SometimesLate(num_failures=1))
     run_ranks(train, 2, small_toy(retried, steps=1, reward=RewardConfig(max_retries=1), **SHOWN))
-    assert weights_of(retried, 1) == weights_of(run_dir, 1)
+    assert weights_of(retried, 1) == weights_of(plain, 1)
     (line,) = steps_of(retried)
     assert line["reward/arithmetic/num_retries"] > 0
     assert (line["reward/arithmetic/not_graded_rate"], line["reward/arithmetic/num_dropped_groups"]) == (0, 0)

@@ -51,9 +51,16 @@ def test_gsm8k_takes_the_toys_place_by_one_option(tmp_path: Path) -> None:
     assert all(line["rollout/num_responses"] >= 8 for line in steps)
 
 
-def test_supervised_training_alone_runs_both_stages_of_the_paper_on_a_folder_and_a_file(run_dir: Path, tmp_path: Path) -> None:
-    exported, examples = tmp_path / "model", tmp_path / "sft.jsonl"
-    export(run_dir, exported)
+@pytest.fixture(scope="module")
+def exported(warm_started: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The warm start as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export(warm_started, folder)
+    return folder
+
+
+def test_supervised_training_alone_runs_both_stages_of_the_paper_on_a_folder_and_a_file(exported: Path, tmp_path: Path) -> None:
+    examples = tmp_path / "sft.jsonl"
     examples.write_text(
         "".join(json.dumps({"prompt": f"{i}+{j}?", "response": f"A:{(i + j) % 5}."}) + "\n" for i in range(20) for j in range(5))
     )
@@ -80,30 +87,26 @@ def test_supervised_training_alone_runs_both_stages_of_the_paper_on_a_folder_and
     assert (tmp_path / "sft" / "checkpoints" / "step_00000000").is_dir()
 
 
-def test_a_model_folder_of_the_users_own_is_trained_without_a_warm_start(run_dir: Path, tmp_path: Path) -> None:
-    exported, own = tmp_path / "model", tmp_path / "own"
-    export(run_dir, exported)
+def test_a_model_folder_of_the_users_own_is_trained_without_a_warm_start(exported: Path, warm_started: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
     model = ModelConfig(path=str(exported), context_length=64)
     run_ranks(train, 2, small_toy(own, steps=1, model=model))
     (line,) = steps_of(own)
     assert not [line for line in read_metrics(own) if line["step"] == -1]
-    evaluations = [next(line["eval/pass_at_1"] for line in read_metrics(folder) if "eval/pass_at_1" in line) for folder in (own, run_dir)]
-    assert evaluations[0] == evaluations[1]  # the same weights before the first update
+    first, before = (next(line["eval/pass_at_1"] for line in read_metrics(run) if "eval/pass_at_1" in line) for run in (own, warm_started))
+    assert first == before  # the same weights before the first update
     assert json.loads((own / "config.json").read_text())["sft"] == []
     assert line["train/logprob_diff_mean"] < 1e-6
 
 
-def test_evaluating_the_exported_folder_gives_the_runs_own_pass_at_1(run_dir: Path, tmp_path: Path) -> None:
-    export(run_dir, tmp_path / "model")
-    (in_run,) = [line["eval/pass_at_1"] for line in read_metrics(run_dir) if line.get("eval/pass_at_1") is not None]
-    found = evaluate_model(tmp_path / "model", run_dir / "data" / "eval.jsonl", max_response_tokens=48)
+def test_evaluating_the_exported_folder_gives_the_runs_own_pass_at_1(exported: Path, warm_started: Path) -> None:
+    (in_run,) = [line["eval/pass_at_1"] for line in read_metrics(warm_started) if line.get("eval/pass_at_1") is not None]
+    found = evaluate_model(exported, warm_started / "data" / "eval.jsonl", max_response_tokens=48)
     assert found["num_prompts"] == 40
     assert found["pass_at_1"] == in_run
 
 
-def test_a_context_that_the_model_was_not_made_for_is_an_error(tmp_path: Path, run_dir: Path) -> None:
-    exported = tmp_path / "model"
-    export(run_dir, exported)
+def test_a_context_that_the_model_was_not_made_for_is_an_error(tmp_path: Path, exported: Path) -> None:
     model = ModelConfig(path=str(exported), context_length=4096)
     with pytest.raises(RuntimeError, match=r"model.context_length is 4096; it must not exceed max_position_embeddings"):
         run_ranks(train, 1, small_toy(tmp_path / "own", model=model))
