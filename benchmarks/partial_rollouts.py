@@ -40,6 +40,7 @@ from tandem.engine.config import RepetitionConfig, RolloutConfig
 from tandem.engine.rollout.embedded import EmbeddedEngine
 from tandem.engine.rollout.sglang import SGLangEngine
 from tandem.engine.rollout.sglang_server import ServerSetup, SGLangServer
+from tandem.engine.rollout.sglang_versions import find_python
 from tandem.engine.types import GenerationRequest, StopState
 
 Engine = EmbeddedEngine | SGLangEngine
@@ -134,6 +135,16 @@ def occupancy(lengths: Sequence[int], max_batch: int, budget: int | None) -> lis
     return rows
 
 
+def available(engines: Sequence[str]) -> list[str]:
+    """Without SGLang where its environment is missing, and says so."""
+    try:
+        find_python(None)
+    except FileNotFoundError as error:
+        print(f"sglang is left out: {error}")
+        return [engine for engine in engines if engine != "sglang"]
+    return list(engines)
+
+
 @contextlib.contextmanager
 def start(kind: str, model: Qwen3ForCausalLM, max_batch: int) -> Iterator[Engine]:
     """An engine with one thread."""
@@ -218,7 +229,7 @@ def main() -> None:
         "| engine | ends an iteration | iterations | finished tokens | decode steps | mean rows | seconds | ms/step | finished tokens/s |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for kind in options.engines:
+    for kind in available(options.engines):
         with start(kind, model, options.max_batch) as engine:
             results[kind] = measure(engine, model, options.iterations, options.responses, options.max_batch)
         for variant in results[kind]:

@@ -16,9 +16,9 @@ from tandem.engine.recipes.toy_cpu import toy_cpu
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_toy(folder: Path, nproc: int, *options: str) -> Path:
-    """Run the recipe into `folder` unless it has run there to the end."""
-    done = (folder / METRICS_FILE).is_file() and read_metrics(folder)[-1]["step"] == toy_cpu().steps
+def run_toy(folder: Path, nproc: int, *options: str, num_steps: int = toy_cpu().steps) -> Path:
+    """Run the recipe into `folder` unless it has run there to the end, which is after `num_steps` iterations."""
+    done = (folder / METRICS_FILE).is_file() and read_metrics(folder)[-1]["step"] == num_steps
     if not done:
         command = ["-m", "tandem.engine.cli", "train", "toy_cpu", "--nproc", str(nproc), "--run_dir", str(folder), *options]
         subprocess.run([sys.executable, *command], check=True)
