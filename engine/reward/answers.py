@@ -17,7 +17,7 @@ _OPENING, _CLOSING = "([{", ")]}"
 _SEPARATOR = re.compile(
     r"\s*[,;]\s*(?:(?:and|or)(?![A-Za-z])\s*)?|(?<![A-Za-z\\])\s*(?:and|or)(?![A-Za-z])\s*|\s*(?:和|或者?|또는|그리고|및)\s*"
 )
-_EQUALS = re.compile(r"(?<![<>!:\\])=(?!=)|:=|\\equiv(?![a-z])")
+_EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)|:=|\\equiv(?![a-z])")
 _RELATION = re.compile(r"\\(?:le|ge)(?![a-z])|[<>]")
 _UNION = re.compile(r"\\cup(?![a-z])|(?<=[)\]])\s*U\s*(?=[(\[])")
 _MATRIX = re.compile(r"[\[(]?\s*\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[clr| ]*\})?(.*)\\end\{\1\}\s*[\])]?", re.DOTALL)
@@ -26,13 +26,20 @@ _NAME = re.compile(
     r"\|?(?:\\[A-Za-z]+(?:\{[A-Za-z]+\})?|[A-Za-z])(?:\s*(?:\\[A-Za-z]+|[A-Za-z']))*(?:_\{?\w+\}?)?'?(?:\([A-Za-z](?:\s*,\s*[A-Za-z])*\))?\|?"
     r"|\(\s*[A-Za-z](?:_\{?\w+\}?)?(?:\s*,\s*[A-Za-z](?:_\{?\w+\}?)?)*\s*\)|[^\W\d_]+|"
 )
+_VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?")
+_INDEX = re.compile(r"_\{?\w+\}?|(?<=[A-Za-z])\([\w =]+\)")  # of a_1; the argument of f(2) or P(X = 2)
+_OPERATION = re.compile(r"\\(?:int|sum|prod|lim)(?![a-z])")
 _CASES = re.compile(r"\\?\{?\s*\\begin\{cases\}(.*)\\end\{cases\}", re.DOTALL)
 _CONDITION = re.compile(r"[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid(?![a-z])|\||:)(.*)", re.DOTALL)
 _MEMBER = re.compile(r"([A-Za-z](?:_\{?\w+\}?)?)\s*\\in(?![a-z])\s*")
-_WORDS = re.compile(r"[A-Za-z][a-z]{3,}(?:[ '-][A-Za-z]+)*|yes|no|odd|even", re.IGNORECASE)
+_WORDS = re.compile(r"(?i:[a-z][a-z]{3,}(?:[ '-][a-z]+)*|yes|no|odd|even)|[A-Z]{2,}")  # of capitals alone: points, or an order
 _FUNCTIONS = re.compile(
     r"sqrt|frac|sinh?|cosh?|tanh?|log|exp|infty|alpha|beta|theta|gamma|delta|lambda|arc|floor|ceil|binom|choose|mod", re.IGNORECASE
 )
+# 101_2 in base 2
+_IN_BASE = re.compile(r"([0-9A-Fa-f]+)(?:_\{?\s*(\d{1,2})\s*\}?)?")
+# 5:30 pm
+_CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?\s*([ap])m", re.IGNORECASE)
 _INFINITE = re.compile(r"([-+]?)\s*\\infty")
 _MAX_DEPTH = 40
 
@@ -102,9 +109,14 @@ def compare_shapes(found: Shape, expected: Shape, compare: CompareValues) -> boo
 
 
 def compare_exactly(found: str, expected: str) -> bool | None:
-    """Two values by their text, as plain numbers, or as words."""
+    """Two values by their text, as plain numbers, in their bases, as times of the day, or as words."""
     if _bare(found) == _bare(expected):
         return True
+    if "_" in found + expected and (bases := _all_of(_IN_BASE, found, expected)):
+        return _same_in_bases(bases[0], bases[1])
+    if clocks := _all_of(_CLOCK, found, expected):
+        times = [(int(hour), int(minute or 0), half.lower()) for hour, minute, half in (match.groups() for match in clocks)]
+        return times[0] == times[1]
     a, b = read_quantity(found), read_quantity(expected)
     if a is not None and b is not None:
         return same_quantity(a, b)
@@ -117,7 +129,8 @@ def compare_exactly(found: str, expected: str) -> bool | None:
 
 
 def _read(text: str) -> Shape:
-    text = text.strip().rstrip(".").strip()
+    text = text.strip()
+    text = text if text.endswith("..") else text.removesuffix(".").strip()
     matrix = _MATRIX.fullmatch(text)
     if matrix and text.count(r"\begin") == 1:
         rows = [row for row in re.split(r"\\\\|\\cr(?![a-z])", matrix.group(2)) if row.strip() and row.strip() != r"\hline"]
@@ -150,6 +163,10 @@ def _read(text: str) -> Shape:
 def _read_equation(text: str, sides: list[str]) -> Shape:
     if _NAME.fullmatch(sides[0]):
         return _named(_read(sides[-1]), sides[0])
+    if len(sides) == 2 and _VARIABLE.fullmatch(sides[1]) and read_quantity(sides[0]) is not None:  # 5 = x
+        return _named(_read(sides[0]), sides[1])
+    if _OPERATION.search(sides[0]):  # the integral that is asked for, and its value
+        return _read(sides[-1])
     if re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", sides[0])) and len(sides) == 2:
         return Value(text, equation=(sides[0], sides[1]))
     return _read(sides[-1])  # 2 + 3 = 5
@@ -230,16 +247,24 @@ def _bracketed(text: str) -> tuple[str, str, str] | None:
 
 
 def _named(shape: Shape, name: str) -> Shape:
+    """x = 5; with (x, y) = (1, 2) the elements have names too."""
     if isinstance(shape, Value):
         return Value(shape.text, name=name, equation=shape.equation)
     if isinstance(shape, Matrix):
         return Matrix(shape.rows, name=name)
-    return Several(shape.kind, shape.items, brackets=shape.brackets, name=name)
+    items, names = shape.items, [one.strip() for one in name.strip("()").split(",")]
+    if name.startswith("(") and shape.kind == "tuple" and len(names) == len(items) > 1:
+        items = tuple(_named(item, one) for item, one in zip(items, names, strict=True))
+    return Several(shape.kind, items, brackets=shape.brackets, name=name)
 
 
 def _single(shape: Shape) -> Shape:
-    """The only element of a set or list of one."""
-    return shape.items[0] if isinstance(shape, Several) and len(shape.items) == 1 else shape
+    """The only element of a set or list of one; the set of a set, or of the empty set, is another thing."""
+    if not isinstance(shape, Several) or len(shape.items) != 1:
+        return shape
+    (item,) = shape.items
+    is_set = item == Value(r"\emptyset") or (isinstance(item, Several) and item.kind == "set")
+    return shape if is_set else item
 
 
 def _compare_values(found: Value, expected: Value, compare: CompareValues) -> bool | None:
@@ -249,7 +274,9 @@ def _compare_values(found: Value, expected: Value, compare: CompareValues) -> bo
     assert equation.equation is not None
     if other.name:  # y = 2x + 1 and 2x - y + 1 = 0
         return compare(equation.text, f"{other.name}={other.text}")
-    return compare(equation.equation[1], other.text) if equation is found else False
+    # m + n = 5 names what is asked for; x + 1 = 6 is a condition on x
+    names_a_value = equation is found and not re.search(r"\d", _INDEX.sub("", equation.equation[0]))
+    return compare(equation.equation[1], other.text) if names_a_value else False
 
 
 def _compare_several(found: Several, expected: Several, compare: CompareValues) -> bool | None:
@@ -259,6 +286,8 @@ def _compare_several(found: Several, expected: Several, compare: CompareValues) 
         return same or None  # [0, 1] and [1, 2] make [0, 2]: algebra of sets
     if kinds == {"set", "tuple"} or len(found.items) != len(expected.items):
         return False
+    if "set" in kinds and _num_sets(found) != _num_sets(expected):  # {{1}, {2}} and {1, 2}
+        return False
     names = [[_bare(item.name) for item in several.items] for several in (found, expected)]
     if all(all(row) and len(set(row)) == len(row) for row in names):  # x = 1, y = 2
         if set(names[0]) != set(names[1]):
@@ -267,9 +296,15 @@ def _compare_several(found: Several, expected: Several, compare: CompareValues) 
         return _all(compare_shapes(of_name[name], item, compare) for name, item in zip(names[1], expected.items, strict=True))
     if "tuple" not in kinds:
         return _compare_unordered(found.items, expected.items, compare)
-    if kinds == {"tuple"} and len(found.items) == 2 and found.brackets != expected.brackets:
+    # Two values in square brackets are an interval
+    is_interval = len(found.items) == 2 and any("[" in one.brackets or "]" in one.brackets for one in (found, expected))
+    if is_interval and found.brackets != expected.brackets:
         return False
     return _all(compare_shapes(a, b, compare) for a, b in zip(found.items, expected.items, strict=True))
+
+
+def _num_sets(shape: Several) -> int:
+    return sum(isinstance(item, Several) and item.kind == "set" for item in shape.items)
 
 
 def _compare_unordered(found: Sequence[Shape], expected: Sequence[Shape], compare: CompareValues) -> bool | None:
@@ -318,8 +353,24 @@ def _all(outcomes: Iterable[bool | None]) -> bool | None:
 def _is_about_sets(shape: Shape) -> bool:
     if isinstance(shape, Value):
         return re.search(r"\\(?:cup|cap|setminus|mathbb|emptyset|in)(?![a-z])", shape.text) is not None
-    return isinstance(shape, Several) and shape.kind in ("union", "set")
+    return isinstance(shape, Several) and shape.kind == "union"
+
+
+def _same_in_bases(found: re.Match[str], expected: re.Match[str]) -> bool:
+    """Digits and base; like a unit, a base that only one of them gives does not part them."""
+    for one in (found, expected):
+        if one[2] is not None and not all(int(digit, 16) < int(one[2]) for digit in one[1]):
+            return False
+    same_digits = found[1].lstrip("0").casefold() == expected[1].lstrip("0").casefold()
+    return same_digits and (found[2] == expected[2] or None in (found[2], expected[2]))
+
+
+def _all_of(pattern: re.Pattern[str], *texts: str) -> list[re.Match[str]]:
+    """The matches of all texts, none unless all match."""
+    matches = [match for text in texts if (match := pattern.fullmatch(text.strip()))]
+    return matches if len(matches) == len(texts) else []
 
 
 def _bare(text: str) -> str:
-    return re.sub(r"\s+", "", text).casefold()
+    """Without case and spaces, but for those that part numbers."""
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).casefold()

@@ -63,7 +63,7 @@ class MathGrader:
             raise ValueError("it has no answer")
 
     def grade(self, text: str, prompt: Prompt, *, is_complete: bool) -> Verdict | Future[Verdict]:
-        return submit_math(text, prompt.answer, is_complete=is_complete)
+        return submit_math(text, prompt.answer, is_complete=is_complete, question=prompt.text)
 
     def close(self) -> None:
         pass

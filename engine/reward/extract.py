@@ -1,7 +1,8 @@
 """Finding the final answer in a response.
 
 In this order: the last \\boxed{…} whose braces close and that is not empty; the last "#### …"; the last "answer is …" in English, Korean
-or Chinese; and, in a response that ended by itself, the last number or formula. Every search takes linear time: repetitions are bounded.
+or Chinese; and, in a response that ended by itself, the last number or formula. Only what follows the last </think>
+counts. Every search takes linear time: repetitions are bounded.
 """
 
 import re
@@ -14,7 +15,10 @@ MAX_RESPONSE_CHARS = 500_000
 # An answer without any mark stands in the last sentences.
 _UNMARKED_CHARS = 2_000
 
+_END_OF_REASONING = "</think>"
 _BRACES = re.compile(r"\\(?:f|frame)?box(?:ed)?\s*\{|\\.|[{}]", re.DOTALL)
+# $x = -\boxed{5}$, and no dash in a sentence
+_NEGATIVE_BOX = re.compile(r"(?:^|[=$(\[])\s{0,5}[-−]\\(?:f|frame)?box(?:ed)?\s{0,40}\{$")
 _BARE_BOX = re.compile(r"\\boxed\s*([-+]?[\w.,/]{1,100})")
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
 _PHRASES = re.compile(
@@ -22,6 +26,7 @@ _PHRASES = re.compile(
             (?:\bis\b|\bare\b|\bwas\b|\b(?:will|would|should|must)[ ]be\b|\bequals\b|[:：=]|\n)
       | (?:정답|해답|답)[*_ \t]*(?:은|는|이|[:：=])
       | (?:答案|答案應|答案应)[^\n。，,：:=是为為]{0,20}?(?:是|为|為|等于|等於|[:：=])
+      | 答案选|答案選|故选|故選
       | 答[:：]""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -32,15 +37,25 @@ _NO_ANSWER = re.compile(
     r"맞|옳|틀|正确|正確|错|錯|对的|對的)",
     re.IGNORECASE,
 )
+# Says what the answer is not.
+_DENIAL = re.compile(
+    r"\banswers?\b[^\n.]{0,80}?\b(?:is|are|was|can|could|would|should|must|will|does|do)(?:n?['’]t|not|[ \t]+not)\b"
+    r"(?:[^\n.;]|\.(?=\d)){0,200}"
+    r"|答案[^\n。]{0,20}?(?:不是|并非|並非|不等于)[^\n。，,]{0,200}|(?:정답|해답|답)[^\n.]{0,100}?(?:아니|아닙)[^\n.]{0,20}",
+    re.IGNORECASE,
+)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|[。；]|\n")
-_CLAUSE = re.compile(r",?\s+(?:because|since|which|where|when|so|thus|therefore|hence|after|as)\b|，|因为|因為|이므로", re.IGNORECASE)
+_CLAUSE = re.compile(
+    r",\s+not\b|,?\s+(?:because|since|which|where|when|so|thus|therefore|hence|after|as)\b|，|因为|因為|이므로", re.IGNORECASE
+)
 # Math in text, as Markdown readers find it: no space just within the dollars, no digit after them. Lengths are bounded.
 _MATH = re.compile(
     r"\$\$(.{1,1000}?)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)|(?<![\\$])\$(?![\s$])([^$\n]{0,1000}?[^\s\\$])\$(?!\d)", re.DOTALL
 )
+_OR_ELSE = re.compile(r"\W{0,3}(?:or|alternatively|또는|或)\b[^\n]{0,40}", re.IGNORECASE)
 _CONNECTIVE = re.compile(r"\s*(?:,|，|、|;)?\s*(?:and|or|&|和|或者?|및|와|과|또는|그리고)?\s*")
 _KOREAN_ENDING = re.compile(r"\s*(?:입니다|이다|이에요|예요|이 된다|가 된다|이 됩니다|가 됩니다|됩니다|이며)[.!]?\s*$")
-_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+_NUMBER = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 _LAST_NUMBER = re.compile(rf"(?<![A-Za-z0-9_.])[-+−]?(?:[$€£¥₩]\s?)?(?:{_NUMBER}|\.\d+)(?:\s?/\s?{_NUMBER})?\s?%?")
 _VARIABLE = re.compile(r"\\?[A-Za-z]+(?:_\w)?")
 
@@ -53,13 +68,14 @@ def extract_answer(response_text: str, *, is_complete: bool = True) -> str | Non
         is_complete: False for a response that was cut: an unmarked number is then not its answer.
     Returns: text of any length; more than MAX_ANSWER_CHARS is no answer that can be compared.
     """
-    text = response_text[-MAX_RESPONSE_CHARS:]
+    text = response_text[-MAX_RESPONSE_CHARS:].rpartition(_END_OF_REASONING)[2]
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
     hashes = _last(_HASHES.finditer(text))
     if hashes is not None:
         return _statement(hashes.group(1))
+    text = _DENIAL.sub(" ", text)
     phrases = [match.end() for match in _PHRASES.finditer(text)]
     for end in reversed(phrases[-20:]):
         start = _DECORATION.match(text, end)
@@ -73,13 +89,14 @@ def extract_answer(response_text: str, *, is_complete: bool = True) -> str | Non
 def _last_boxed(text: str) -> str | None:
     """Content of the last box (the one that begins last) whose braces close; escaped braces do not count."""
     opened: list[int] = []  # where each open brace's content begins; -1 for one that is no box
-    last_start, content = -1, ""
+    last_start, content, is_negative = -1, "", False
     for match in _BRACES.finditer(text):
         token = match.group()
         if token == "}":
             start = opened.pop() if opened else -1
             if start > last_start and (inside := text[start : match.start()].strip()):
                 last_start, content = start, inside
+                is_negative = _NEGATIVE_BOX.search(text, max(0, start - 60), start) is not None
         elif token == "{":
             opened.append(-1)
         elif token[-1] == "{" and token != r"\{":
@@ -87,7 +104,9 @@ def _last_boxed(text: str) -> str | None:
     bare = _last(_BARE_BOX.finditer(text))
     if bare is not None and bare.start() > last_start:
         return bare.group(1).rstrip(".,")
-    return content if last_start >= 0 else None
+    if last_start < 0:
+        return None
+    return f"-({content})" if is_negative else content
 
 
 def _statement(said: str) -> str:
@@ -105,12 +124,12 @@ def _statement(said: str) -> str:
 
 
 def _row_of(formulas: list[re.Match[str]], sentence: str) -> str:
-    """The first formula and those that only "and" or a comma parts from it, with the unit after them."""
+    """The first formula and those that only "and", "or" or a comma parts from it, with the unit after them."""
     row = [_content(formulas[0])]
     end = formulas[0].end()
     for formula in formulas[1:]:
         between = sentence[end : formula.start()]
-        if not between.strip() or not _CONNECTIVE.fullmatch(between):
+        if not _CONNECTIVE.fullmatch(between) and not _OR_ELSE.fullmatch(between):
             break
         row.append(_content(formula))
         end = formula.end()

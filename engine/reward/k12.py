@@ -75,7 +75,7 @@ class K12Grader:
             if self._judge is None:
                 return Verdict(correct=False, reason="there is no model judge", graded=False)
             return self._judge.grade(text, prompt, is_complete=is_complete)
-        return grade_short_answer(text, prompt.answer, spec, is_complete=is_complete)
+        return grade_short_answer(text, prompt.answer, spec, is_complete=is_complete, question=prompt.text)
 
     def close(self) -> None:
         if self._judge is not None:
@@ -123,13 +123,14 @@ def infer_kind(reference_answer: str) -> Kind:
 
 
 def grade_short_answer(
-    response_text: str, reference_answer: str, spec: AnswerSpec, *, is_complete: bool = True
+    response_text: str, reference_answer: str, spec: AnswerSpec, *, is_complete: bool = True, question: str = ""
 ) -> Verdict | Future[Verdict]:
     """Compare the final answer of a response with the reference and with `spec.accept`.
 
     Args:
         response_text: with its answer marked (a box, "answer is …"); else its last line counts, and for numbers the last one, unless
             the response was cut.
+        question: as of `submit_math`.
     Returns: at once, or as a future where the reference takes algebra and no accepted answer fits without. `graded=False` for an answer
         that is too long.
     """
@@ -144,7 +145,7 @@ def grade_short_answer(
         return Verdict(correct=True, answer=answer)
     if outcomes[0] is None:
         as_math = _as_math(spec.type)
-        return submit_math(rf"\boxed{{{as_math(answer)}}}", as_math(reference_answer))
+        return submit_math(rf"\boxed{{{as_math(answer)}}}", as_math(reference_answer), question=question)
     return Verdict(correct=False, answer=answer, reason=f"the answer is {reference_answer}")
 
 

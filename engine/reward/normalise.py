@@ -36,7 +36,11 @@ _REPLACEMENTS = tuple(
         ),
         (r"\\(?:quad|qquad|hspace\*?\{[^{}]*\})|(?<!\\)\\[!,;: ]|~", " "),
         (r"\\(?:bf|rm|it|sf)(?![a-z])", ""),
-        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\(?:[dtcs]|nice)frac", r"\\frac"),
+        (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+        (r"\\(?:text)?color\s*\{\w+\}|\\underline(?=\s*\{)", ""),
+        (r"(?<![A-Za-z\\])(exp|ln|log|sin|cos|tan)(?=\s*\()", r"\\\1"),
+        (r"(?i)(?<=\d)\s*([ap])\.?\s?m\b\.?", r" \1m"),
         (r"\\(?:leq|leqslant|leq?q)(?![a-z])", r"\\le"),
         (r"\\(?:geq|geqslant|geqq)(?![a-z])", r"\\ge"),
         (r"\\neq(?![a-z])", r"\\ne"),
@@ -59,18 +63,23 @@ _REPLACEMENTS = tuple(
         (r"\\sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
         (r"(?<![A-Za-z\\])(?:infinity|infty|inf|oo)(?![A-Za-z])", r"\\infty "),
+        (r"(?<=\d)\s?(?:st|nd|rd|th)\b", ""),
         (r"\*\*", "^"),
         (r"(?<=[\w)}])\s*\*\s*(?=[\w({\\])", r" \\cdot "),
         (r"\^\s*\(\s*([-+]?\d+)\s*\)", r"^{\1}"),
         (r"\^\s*([-+]\d+|\d{2,})", r"^{\1}"),  # TeX would raise the first digit only; nobody means that
         (r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}", r"\\binom{\1}{\2}"),
+        (r"\\\\\s*$", ""),
         (r"\s+", " "),
         (r"(?i)^\s*(?:the\s+)?(?:final\s+)?answers?\s*(?:is|are|:)\s*:?\s*(?=\S)", ""),
-        (r"^\s*(?:\\approx|≈|approximately|about)(?![a-z])\s*", ""),
+        (r"^\s*(?:\\approx|≈|approximately|about|약)(?![a-z])\s*", ""),
+        (r"^\s*\](?=[^\[\]()]*,[^\[\]()]*[\[\]]\s*$)", "("),  # ]1, 2[ is (1, 2)
+        (r"(?<=[^\[\]()])\[\s*$", ")"),
         # For any integer k
         (r"(?<=\S)\s*[,;(]\s*(?:where |for (?:any |all )?)?[a-z]\s*\\in\s*\\mathbb\s*\{?\s*[ZN]\s*\}?[^,;()]*\)?$", ""),
     )
 )
+_INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?(?!\d)")
 _FONTS = "text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf)|bm|boldsymbol|[mh]box|f?box(?:ed)?"
 _WRAPPED = re.compile(rf"\\(?:{_FONTS})\s*\{{([^{{}}]*)\}}")
@@ -81,7 +90,12 @@ _NESTED = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _TOWER = re.compile(rf"\^\s*(\w+|{_NESTED})\s*\^\s*(\w+|{_NESTED})(?!\s*\^)")
 _MAX_TOWER = 4
 # An answer letter before the answer itself: "(E) 27".
-_CHOICE = re.compile(r"^\(\s*[A-J]\s*\)\s*(?=\S)")
+_CHOICE = re.compile(r"^\(\s*[A-J]\s*\)\s*(?=\S)(?!\(?[A-J]\)?$)")
+# Thousands and decimals as they are written in Europe, where they cannot be read in another way: 1.234,5  1.234.567  1 234  1 234,5
+_EUROPEAN = re.compile(
+    r"([-+]?\s*(?:\\?\$|[€£¥₩₹])?\s*[1-9]\d{0,2})"
+    r"(?:((?:\.\d{3})+),(\d+)|((?:\.\d{3}){2,})|((?:[ '’]\d{3})+)(?:[.,](\d+))?)((?![\d.,])[^\d\\^_+*/]*)"
+)
 
 
 def normalise(answer: str) -> str:
@@ -89,6 +103,7 @@ def normalise(answer: str) -> str:
 
     Idempotent. The text has at most some thousand characters; the time is linear in them.
     """
+    answer = _INVISIBLE.sub("", answer)
     answer = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: "^{" + match.group().translate(_SUPERSCRIPTS) + "}", answer)
     answer = re.sub(r"(?<=\d)([½¼¾⅓⅔⅕⅛])", r" \1", answer)
     answer = _SYMBOL.sub(lambda match: _SYMBOLS[match.group()], answer)
@@ -107,7 +122,16 @@ def normalise(answer: str) -> str:
         if not num_folded:
             break
     answer = _CHOICE.sub("", answer.strip(" \t*_`"))
-    return answer.strip().rstrip(".,;").strip()
+    answer = answer.strip()
+    answer = answer if answer.endswith("..") else answer.rstrip(".,;").strip()
+    return _EUROPEAN.sub(_with_a_point, answer) if _EUROPEAN.fullmatch(answer) else answer
+
+
+def _with_a_point(number: re.Match[str]) -> str:
+    start, *groups, tail = number.groups("")
+    dotted, decimals, dots, spaced, more_decimals = groups
+    whole = re.sub(r"\D", "", dotted + dots + spaced)
+    return start + whole + ("." if decimals or more_decimals else "") + decimals + more_decimals + tail
 
 
 def _as_fraction(decimal: re.Match[str]) -> str:

@@ -6,8 +6,10 @@ from fractions import Fraction
 
 # A decimal may stand for a value that has no end only when it has this many places; it must then be the value, rounded.
 MIN_PLACES = 6
+MIN_DIGITS = 3  # and more of these after leading zeros
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+# 1,234,567 and, in India, 12,34,567
+_DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|[1-9]\d?(?:,\d{2})+,\d{3}(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d*)?|\.\d+)"
 _QUANTITY = re.compile(
     rf"""(?P<sign>[-+]?)\s*(?P<currency>(?:US|HK|NT)?\\?\$|[€£¥₩₹]|USD|Rs\.?)?\s*(?P<inner_sign>[-+]?)\s*
@@ -22,6 +24,7 @@ _MAGNITUDES = {
     **{"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12},
     **{"百": 10**2, "千": 10**3, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8, "백": 10**2, "천": 10**3, "만": 10**4, "억": 10**8},
 }
+_PERCENT = re.compile(r"(?:%|percent(?:age)?(?: points?)?|pct|퍼센트|프로)(?:\s+off?\b[a-z\s]*)?", re.IGNORECASE)
 _MAGNITUDE = re.compile(rf"({'|'.join(_MAGNITUDES)})(?![a-z])\s*", re.IGNORECASE)
 
 # name → (dimension, size in the dimension's first unit). Other words after a number count things and are not compared.
@@ -53,19 +56,35 @@ _UNITS: dict[str, tuple[str, Fraction]] = {
         },
         "volume": {"L l liter litre 升 리터": "1", "mL ml milliliter millilitre 毫升": "1/1000"},
         "angle": {"degree deg 度 도": "1"},
+        "celsius": {"celsius centigrade": "1"},
+        "fahrenheit": {"fahrenheit": "1"},
+        "morning": {"am": "1"},
+        "afternoon": {"pm": "1"},
         "radian": {"rad radian": "1"},
         "dollar": {"dollar \\$ $ USD US$ US\\$": "1", "cent ¢": "1/100"},
-        "euro": {"€ euro": "1"},
-        "sterling": {"£": "1"},
-        "yuan": {"¥ yuan rmb 元": "1"},
-        "won": {"₩ won 원": "1"},
+        "euro": {"€ euro EUR": "1"},
+        "sterling": {"£ GBP": "1", "pence penny": "1/100"},
+        "yuan": {"¥ yuan rmb CNY 元": "1"},
+        "yen": {"yen JPY": "1"},
+        "won": {"₩ won KRW 원": "1"},
         "rupee": {"₹ rupee Rs Rs.": "1"},
     }.items()
     for names, size in sizes.items()
     for name in names.split()
 }
+_DEGREES = re.compile(r"degrees?\s+(?:C|F|(?=celsius|centigrade|fahrenheit))", re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]+|[$€£¥₩₹¢]")
 _POWER = re.compile(r"\s*\^?\s*\{?\s*([23])\s*\}?")
+# Words that change a number, or deny it, rather than say what is counted: wherever they stand, or right after the number.
+_NO_UNIT = re.compile(
+    r"\b(?:minus|plus|modulo|squared|cubed|factorial|(?:hal[fv]|third|fourth|quarter|fifth|tenth)\w*|below|above|negative|is|isn|are|aren|was|"
+    r"not|no|never|wrong|false|if|otherwise|else|unless|except|or|but|maybe|perhaps|possibly|either|neither|nor|than|because|since|then|given|"
+    r"at (?:least|most)|d[xyt])\b"
+    r"|^(?:mod|base|choose|over|times(?! (?:as|more|the|a|per)\b|$)|versus|vs|in|at|to|for|so|as|by|on|from|with|without|through|until|"
+    r"between|when|where|under|remainder|prime)\b"
+    r"|以[上下]|[不没多又非至到或]|左右|大于|小于|이상|이하|미만|초과|보다|아니|아닙|아닌|정도",
+    re.IGNORECASE,
+)
 # What cannot be a unit makes the whole text no quantity: "5 + x", "2 and 3".
 _UNIT_TEXT = re.compile(r"(?!(?:and|or)\b|和|或|또는|그리고|및)(?:[^\W\d_]+(?:\^?\{?[23]\}?)?[\s./-]*)+")
 
@@ -103,12 +122,12 @@ def read_quantity(text: str) -> Quantity | None:
         value *= _MAGNITUDES[magnitude.group(1).lower()]
         tail = tail[magnitude.end() :]
         magnitude = _MAGNITUDE.match(tail)
-    is_percent = bool(re.fullmatch(r"%|percent(?:age)?(?: points?)?|pct|퍼센트|프로", tail, re.IGNORECASE))
+    is_percent = _PERCENT.fullmatch(tail) is not None
     unit = _UNITS.get(match["currency"]) if match["currency"] else None
     if tail and not is_percent:
         spaced = match["tail"] is not None and match.start("tail") > 0 and text.strip()[match.start("tail") - 1] == " "
         known = read_unit(tail)
-        if known is None and not _counts_things(tail, spaced):
+        if known is None and not counts_things(f" {tail}" if spaced else tail):
             return None
         if known is not None and len(tail) == 1 and tail.isascii() and tail.isalpha() and not spaced:
             return None  # 5m is five times m, 5 m are metres
@@ -121,6 +140,8 @@ def read_quantity(text: str) -> Quantity | None:
 def same_quantity(a: Quantity, b: Quantity) -> bool:
     """Whether both say the same. A percent sign or a unit that only one of them has does not part them; two units must fit."""
     if a.unit is not None and b.unit is not None:
+        if {a.unit[0], b.unit[0]} in ({"angle", "celsius"}, {"angle", "fahrenheit"}):
+            return same_value(a.value, a.places, b.value, b.places)
         if a.unit[0] != b.unit[0]:
             return False
         return same_value(a.value * a.unit[1], a.places, b.value * b.unit[1], b.places)
@@ -131,19 +152,21 @@ def same_quantity(a: Quantity, b: Quantity) -> bool:
 
 
 def same_value(a: Fraction, a_places: int | None, b: Fraction, b_places: int | None) -> bool:
-    """Exactly equal, or one is a decimal of at least MIN_PLACES places and the other an exact value that rounds to it."""
+    """Exactly equal, or one is a decimal of at least MIN_PLACES places, most of them after its zeros, and the other rounds to it."""
     if a == b:
         return True
     if (a_places is None) == (b_places is None):
         return False
-    places = a_places if a_places is not None else b_places
+    decimal, places = (a, a_places) if a_places is not None else (b, b_places)
     assert places is not None
-    return places >= MIN_PLACES and abs(a - b) <= Fraction(1, 2 * 10**places)
+    is_long = places >= MIN_PLACES and abs(decimal) * 10**places >= 10**MIN_DIGITS  # 0.000000 is no rounding of 10^-9
+    return is_long and abs(a - b) <= Fraction(1, 2 * 10**places)
 
 
 def read_unit(text: str) -> tuple[str, Fraction] | None:
     """Dimension and size of a unit of measure: cm, square meters, cm^2, km/h, dollars per day; None for unknown words."""
-    top, *bottom = re.split(r"\s*/\s*|\s+per\s+|\s+an?\s+", text.strip(), maxsplit=1)
+    text = _DEGREES.sub(lambda match: {"C": "celsius", "F": "fahrenheit"}.get(match.group()[-1].upper(), ""), text.strip())
+    top, *bottom = re.split(r"\s*/\s*|\s+per\s+|\s+an?\s+", text, maxsplit=1)
     first = _simple_unit(top)
     if first is None:
         return None
@@ -167,6 +190,9 @@ def _simple_unit(text: str) -> tuple[str, Fraction] | None:
     if word is None:
         return None
     written = _POWER.match(text, word.end())
+    rest = text[(written or word).end() :].strip(" .")
+    if rest and counts_things(f" {rest}") is False:  # 5 in 6; 5 m long is a length
+        return None
     name = word.group()
     for candidate in (name, name.lower(), name.lower().removesuffix("s"), name.lower().removesuffix("es")):
         if candidate in _UNITS and (len(name) > 2 or candidate == name):
@@ -176,12 +202,17 @@ def _simple_unit(text: str) -> tuple[str, Fraction] | None:
     return None
 
 
-def _counts_things(tail: str, spaced: bool) -> bool:
-    """Words: apples, 个, 명, students per class. A lone letter is a variable; so are letters that stick to the number."""
+def counts_things(text: str) -> bool:
+    """Whether what follows a number only says what is counted: apples, 个, 명, students per class.
+
+    A lone letter is a variable; so are letters that stick to the number. Words such as minus, dozen, below or not change it.
+    """
+    tail = text.strip()
+    if _NO_UNIT.search(tail) or not _UNIT_TEXT.fullmatch(tail):
+        return False
     if not tail[0].isascii():
-        return bool(_UNIT_TEXT.fullmatch(tail))
-    words = re.findall(r"[A-Za-z]+", tail)
-    return spaced and bool(_UNIT_TEXT.fullmatch(tail)) and "^" not in tail and len(words[0] if words else "") > 1
+        return True
+    return text[0] == " " and "^" not in tail and len(re.findall(r"[A-Za-z]+", tail)[0]) > 1
 
 
 def _value(match: re.Match[str]) -> Fraction | None:

@@ -5,16 +5,17 @@ a value of millions of digits is refused, not computed; two expressions that dif
 digits at several points are equal. Its own comparison rounds to six decimals (10^-8 would equal 2·10^-8) and hides running out of memory.
 """
 
+import dataclasses
+import functools
 import math
 import random
 import re
 import sys
 from fractions import Fraction
-from functools import partial
 from typing import Any
 
 from tandem.engine.reward.answers import compare_exactly, compare_shapes, read_shape
-from tandem.engine.reward.quantity import read_quantity, read_unit, same_value
+from tandem.engine.reward.quantity import counts_things, read_quantity, read_unit, same_value
 
 # A value of more digits is not computed: 2^2024 has 610, and SymPy takes a second for 10^5.
 MAX_DIGITS = 100_000
@@ -22,6 +23,8 @@ _PRECISION = 40  # digits of a numerical comparison
 _EQUAL, _DIFFERENT = 1e-30, 1e-25  # relative differences; rounding leaves less than the first
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*degrees")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
+# What the parser leaves out or joins: f', 1 2 as 12, 101_2 as 101, 1 == 1, 5 dx, "3 more", a variable m as metres
+_LEFT_OUT = re.compile(r"'|(?<!_)\d\s+\d|\d_|==|(?<![A-Za-z\\])[A-Za-z]{2,}\s+[A-Za-z]{2,}\b|\.\.")
 _HUGE = re.compile(r"\d[eE][-+]?\d{4,}")  # 1e99999: LaTeX would read a product
 
 
@@ -47,7 +50,7 @@ def same_answer(found: str, expected: str) -> bool:
     Raises: UnreadableError for a reference that cannot be parsed, TooCostlyError, and ValueError for nesting without end.
     """
     unreadable: list[str] = []
-    outcome = compare_shapes(read_shape(found), read_shape(expected), partial(_same_value, unreadable=unreadable))
+    outcome = compare_shapes(read_shape(found), read_shape(expected), functools.partial(_same_value, unreadable=unreadable))
     if outcome is None:
         outcome = _verified(found, expected, unreadable)
     if not outcome and unreadable:
@@ -61,7 +64,7 @@ def _same_value(found: str, expected: str, unreadable: list[str]) -> bool:
         return outcome
     if _HUGE.search(found) or _HUGE.search(expected):
         raise TooCostlyError("the value has an exponent of more than three digits")
-    a, b = _parse(_without_unit(found)), _parse(_without_unit(expected))
+    a, b = (_parse(_without_unit(text)) for text in (found, expected))
     if b is None:
         unreadable.append(expected)
     if a is None or b is None:
@@ -81,7 +84,7 @@ def _without_unit(text: str) -> str:
     words = text.split(" ")
     for i in range(1, len(words)):
         rest = " ".join(words[i:])
-        if rest and rest[0].isalpha() and (read_unit(rest) is not None or (len(rest) > 3 and rest.replace(" ", "").isalpha())):
+        if rest and rest[0].isalpha() and (read_unit(rest) is not None or (len(rest) > 3 and counts_things(f" {rest}"))):
             return " ".join(words[:i])
     return text
 
@@ -91,11 +94,13 @@ def _parse(text: str) -> Any:
 
     Raises: TooCostlyError before anything large is evaluated.
     """
-    from math_verify import LatexExtractionConfig, parse
+    from math_verify import parse
     from sympy import Basic, Float, I, MatrixBase, Rational
 
+    if _LEFT_OUT.search(text):
+        return None
     # No fallback to whatever number stands somewhere in the text.
-    parsed = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
+    parsed = parse(f"${text}$", [_reading()], fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
     expression = next((one for one in parsed if isinstance(one, Basic | MatrixBase)), None)
     if expression is None:
         return None
@@ -103,6 +108,15 @@ def _parse(text: str) -> Any:
     # A decimal is meant exactly, and not as the binary number next to it; math-verify takes the i of 3 + 4i for a variable.
     exact = {decimal: Rational(str(decimal)) for decimal in expression.atoms(Float)}
     return expression.xreplace(exact | {symbol: I for symbol in expression.free_symbols if str(symbol) == "i"})
+
+
+@functools.cache
+def _reading() -> Any:
+    """How math-verify reads: not with its own units, among which are t, o, ab and prime, so that 5t would be 5."""
+    from math_verify import LatexExtractionConfig
+
+    default = LatexExtractionConfig()
+    return dataclasses.replace(default, normalization_config=dataclasses.replace(default.normalization_config, units=False))
 
 
 def _value_of(expression: Any) -> Any:
@@ -124,7 +138,7 @@ def _digits(expression: Any) -> float:
 
     try:
         if expression.is_Number:
-            return float(abs(log(abs(expression), 10).evalf(5))) if expression.is_finite and expression != 0 else 0.0
+            return float(abs(log(abs(expression), 10).evalf(5))) if expression.is_finite and not expression.is_zero else 0.0
         if not expression.args:
             return 0.5
         parts = [_digits(argument) for argument in expression.args]

@@ -14,6 +14,7 @@ from tandem.engine.reward.symbolic import load
 from tandem.engine.reward.workers import WorkerPool
 from tandem.engine.types import Verdict
 from tests.reward.math_cases import CASES, Case
+from tests.reward.math_hacks import RIGHT, WRONG, pairs
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -50,6 +51,39 @@ def test_worked_cases(category: str) -> None:
     verdicts = [(case, grade_math(case.response, case.reference)) for case in CASES[category]]
     assert [(case, verdict) for case, verdict in verdicts if (verdict.correct, verdict.graded) != (case.correct, True)] == []
     assert all(verdict.correct or verdict.reason for _, verdict in verdicts)
+
+
+@pytest.mark.parametrize("category", WRONG)
+def test_what_only_looks_right_is_wrong(category: str) -> None:
+    verdicts = [(pair, grade_math(rf"\boxed{{{pair[0]}}}", pair[1])) for pair in pairs(WRONG[category])]
+    assert [(pair, verdict) for pair, verdict in verdicts if verdict.correct or not verdict.graded] == []
+
+
+@pytest.mark.parametrize("category", RIGHT)
+def test_what_looks_like_it_and_is_right_stays_right(category: str) -> None:
+    verdicts = [(pair, grade_math(rf"\boxed{{{pair[0]}}}", pair[1])) for pair in pairs(RIGHT[category])]
+    assert [(pair, verdict) for pair, verdict in verdicts if not verdict.correct] == []
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "reference", "correct"),
+    [
+        ("What is 2 + 3 * 4?", "2+3*4", "14", False),
+        ("What is 2 + 3 * 4?", "14", "14", True),
+        ("Compute $7!$.", "7!", "5040", False),
+        ("Compute $2^{10}$.", "2^{10}", "1024", False),
+        (r"Simplify $\sqrt{8}$.", r"\sqrt{8}", r"2\sqrt{2}", False),
+        (r"Simplify $\sqrt{8}$.", r"2\sqrt2", r"2\sqrt{2}", True),
+        ("Expand $(x+1)^2$.", "(x+1)^2", "x^2+2x+1", False),
+        ("Expand $(x+1)^2$.", "1+2x+x^2", "x^2+2x+1", True),
+        ("Which is larger, $3^5$ or $5^3$?", "3^5", "3^5", True),  # written as the reference is
+        ("Find $m+n$.", "m+n=5", "5", True),
+        ("", "2^{10}", "1024", True),
+    ],
+)
+def test_a_computation_copied_from_the_question_is_no_answer(question: str, answer: str, reference: str, correct: bool) -> None:
+    verdict = grade_math(rf"\boxed{{{answer}}}", reference, question=question)
+    assert (verdict.correct, verdict.graded) == (correct, True)
 
 
 def test_there_are_cases_of_each_kind_right_and_wrong() -> None:
@@ -210,7 +244,9 @@ def test_what_would_not_fit_into_memory_is_never_computed(answer: str) -> None:
 def test_a_comparison_without_end_is_stopped_and_not_graded(answer: str) -> None:
     with WorkerPool(1, deadline_s=1.0, max_bytes=WORKER_BYTES, initialise=load) as pool:
         pool.run(len, "", deadline_s=120)
-        verdict = grade_math(rf"\boxed{{{answer}}}", "5", pool=pool)
+        # The reference has the operation too: the answer is not refused unread
+        reference = r"\sum_{k=1}^{2} k" if "sum" in answer else r"\prod_{k=1}^{2} k" if "prod" in answer else r"\int_0^1 5 dx"
+        verdict = grade_math(rf"\boxed{{{answer}}}", reference, pool=pool)
     assert not verdict.correct
     assert verdict.graded or "did not end within 1 s" in verdict.reason or "out of memory" in verdict.reason
 
