@@ -53,9 +53,16 @@ def saying(*texts: str) -> Script:
     return lambda body, number: Answer(body=completion(texts[min(number, len(texts) - 1)]))
 
 
+def read_exchanges(name: str) -> dict[str, Any]:
+    return json.loads((EXCHANGES / name).read_text(encoding="utf-8"))
+
+
 def recorded(name: str) -> Script:
-    """Replays a file of exchanges: a request with the same messages gets the answer to it, any other status 422 and what differs."""
-    exchanges = json.loads((EXCHANGES / name).read_text(encoding="utf-8"))
+    """Replays a file of exchanges, which says in its field `origin` where they are from.
+
+    A request with the same messages gets the answer to it, any other status 422 and what differs.
+    """
+    exchanges = read_exchanges(name)["exchanges"]
 
     def answer(body: dict[str, Any], number: int) -> Answer:
         for exchange in exchanges:

@@ -172,7 +172,7 @@ def test_input_that_cannot_be_graded_is_refused(sandbox: Sandbox) -> None:
 
 def humaneval() -> list[dict[str, str]]:
     if not HUMANEVAL.exists():
-        pytest.skip(f"{HUMANEVAL} is not there")
+        pytest.skip(f"{HUMANEVAL} is not there; it is HumanEval.jsonl.gz of github.com/openai/human-eval")
     with gzip.open(HUMANEVAL, "rt") as file:
         return [json.loads(line) for line in file]
 

@@ -60,10 +60,8 @@ def grade(judge: ModelJudge, text: str, prompt: Prompt, *, is_complete: bool = T
     ],
     ids=["same meaning", "other meaning", "first reply without a verdict", "response with a verdict of its own"],
 )
-def test_a_recorded_exchange_gives_its_verdict(
-    question: str, answer: str, response: str, correct: bool, num_requests: int, because: str
-) -> None:
-    """The replies are in the form in which SGLang sends them."""
+def test_an_exchange_gives_its_verdict(question: str, answer: str, response: str, correct: bool, num_requests: int, because: str) -> None:
+    """The replies are written by hand, in the form in which SGLang sends them."""
     with judge_at(recorded("judge.json")) as (judge, server):
         verdict = grade(judge, f"<think>\nLet me see.\n</think>\n\n{response}", prompt_of(question, answer))
     assert (verdict.correct, verdict.graded, len(server.requests)) == (correct, True, num_requests)

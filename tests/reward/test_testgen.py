@@ -3,11 +3,12 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
 from tandem.engine.reward.agreement import Checked, Fate, Submission, check_inputs, special_judge_phrase
-from tandem.engine.reward.chat import ChatClient, Endpoint, Message, Reply
+from tandem.engine.reward.chat import Endpoint, Message, Reply
 from tandem.engine.reward.code import grade_code
 from tandem.engine.reward.code_grader import read_code_tests
 from tandem.engine.reward.code_tests import Runner
@@ -15,7 +16,9 @@ from tandem.engine.reward.execution import Execution, Limits, Status
 from tandem.engine.reward.generator import GeneratorError, SandboxFailedError, cyaron_files, make_inputs
 from tandem.engine.reward.sandbox import Sandbox
 from tandem.engine.reward.testgen import Ask, Problem, Settings, generator_messages, make_tests
-from tests.reward.chat_endpoint import chat_server, recorded
+from tandem.engine.testgen import generate_tests
+from tests.reward.chat_endpoint import chat_server, read_exchanges, recorded
+from tests.reward.made_tests import made_tests
 from tests.reward.sandboxes import sandbox_or_skip
 
 STATEMENT = "You are given n (1 <= n <= 100) and n integers between 1 and 1000. Print the largest of them."
@@ -237,31 +240,38 @@ def test_inputs_of_no_use_are_left_out_and_counted(sandbox: Sandbox) -> None:
     assert (inputs.num_left_out, inputs.problem) == (6, "test 2: ValueError: n is 0")
 
 
-def test_a_recorded_exchange_makes_tests_that_grade_right_and_wrong_programs(sandbox: Sandbox) -> None:
-    """The first generator of the exchange does not run, the second does. One of ten submissions is wrong."""
-    settings = Settings(num_tests=12, min_valid=10)
-    programs = [Submission(source=LARGEST)] * 9 + [Submission(source=LAST)]
-    problem = Problem(id="largest", statement=STATEMENT, submissions=tuple(programs))
-    with chat_server(recorded("testgen.json")) as server, ChatClient(Endpoint(url=server.url, max_tokens=4096)) as client:
-
-        def ask(messages: Sequence[Message]) -> Reply:
-            return client.submit(client.ask(messages, lambda reply: reply)).result(60)
-
-        outcome = make_tests(problem, ask, sandbox, settings)
-        assert make_tests(problem, ask, sandbox, settings) == outcome
-    assert (outcome.fate, outcome.num_generators, len(outcome.tests)) == (Fate.KEPT, 2, 12)
-    assert len(outcome.failing) == 1
-    for test in outcome.tests:
+def test_a_recorded_exchange_gives_the_tests_that_it_gave(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Of a model that we trained, behind `tandem serve` (record_exchange.py). Its first generator for one problem does not run."""
+    record = read_exchanges("testgen.json")
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in record["problems"]))
+    settings = Settings(**record["settings"])
+    with chat_server(recorded("testgen.json")) as server:
+        endpoint = Endpoint(url=server.url, max_tokens=record["max_tokens"])
+        counts = generate_tests(tmp_path / "problems.jsonl", tmp_path / "out", endpoint, settings, num_workers=1)
+    assert counts == record["counts"]
+    assert counts["kept"] == 2
+    made = made_tests(tmp_path / "out")
+    assert made == record["tests"]
+    for test in made["largest"]:
         n, numbers = test["stdin"].split("\n")[:2]
         assert len(numbers.split()) == int(n)
         assert test["expected"].split() == [str(max(map(int, numbers.split())))]
-    tests = read_code_tests(json.dumps({"tests": list(outcome.tests)})).tests
+    tests = read_code_tests(json.dumps({"tests": made["largest"]})).tests
     assert grade_code(fenced(LARGEST), tests, sandbox).correct
     assert not grade_code(fenced(LAST), tests, sandbox).correct
-    messages = server.requests[1]["messages"]
-    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
-    assert "SyntaxError" in messages[3]["content"]
-    assert list(messages[:2]) == generator_messages(problem, settings)
+    [again] = [body["messages"] for body in server.requests if len(body["messages"]) > 2]
+    assert [message["role"] for message in again] == ["system", "user", "assistant", "user"]
+    assert "SyntaxError" in again[3]["content"]
+    assert list(again[:2]) == generator_messages(problem_of(statement=record["problems"][0]["question"]), settings)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_model_taught_and_served_anew_gives_the_tests_of_the_record(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Trainer, export, `tandem serve` and the testgen command: everything that the record is of."""
+    from tests.reward.record_exchange import STEPS, record  # which imports the trainer
+
+    assert record(tmp_path, STEPS)["tests"] == read_exchanges("testgen.json")["tests"]
 
 
 def test_planted_slow_and_crashing_submissions_are_told_from_right_ones(sandbox: Sandbox) -> None:
