@@ -100,7 +100,7 @@ class BucketStream:
 
     @property
     def max_entries(self) -> int:
-        return max(map(len, self.buckets))
+        return max(map(len, self.buckets), default=1)
 
 
 class PendingTransfer(Protocol):

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from tandem.engine.model_config import MeshConfig, ModelConfig, SFTStage, TrainerConfig, check
 from tandem.engine.model_config import OptimizerConfig as OptimizerConfig  # recipes find every class here
+from tandem.engine.rollout_config import ElasticConfig as ElasticConfig
 from tandem.engine.rollout_config import RepetitionConfig as RepetitionConfig
 from tandem.engine.rollout_config import RolloutConfig
 from tandem.engine.rollout_config import SGLangConfig as SGLangConfig
@@ -223,17 +224,27 @@ class CheckpointConfig:
         check(self.keep >= 1, "checkpoint.keep", self.keep, "it must be at least 1")
 
 
+SwapRoute = Literal["host_memory", "shard_to_shard", "gather_and_broadcast"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SwapConfig:
     """Moving weights from the trainer to the rollout engine."""
 
+    route: Literal["auto"] | SwapRoute = "auto"
+    """How weights reach the engines. host_memory: through buckets that a node shares. shard_to_shard: every GPU's rank fills buckets of
+    its own, and is sent what it lacks. gather_and_broadcast: the same, one rank sending to all. auto: the one that takes the least time by
+    bandwidths measured at the first swap."""
     bucket_bytes: int = 2 << 20
-    """Size of one bucket, in bytes. The processes of a node share four, in memory."""
+    """Size of one bucket in host memory, in bytes. There are four: of a node, or of each rank where the route has them by rank."""
+    device_bucket_bytes: int = 128 << 20
+    """Size of one bucket in a GPU's memory, in bytes. Each GPU has four."""
     timeout_s: float = 300.0
     """Deadline of every wait during a swap, in seconds."""
 
     def __post_init__(self) -> None:
         check(self.bucket_bytes >= 4096, "swap.bucket_bytes", self.bucket_bytes, "it must be at least 4096")
+        check(self.device_bucket_bytes >= 4096, "swap.device_bucket_bytes", self.device_bucket_bytes, "it must be at least 4096")
         check(self.timeout_s > 0, "swap.timeout_s", self.timeout_s, "it must be positive")
 
 

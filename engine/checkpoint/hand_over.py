@@ -66,7 +66,7 @@ class HandOver:
             waited_for=f"write bucket {number}",
         )
         checksums = self._shared.checksums[number % NUM_SLOTS, : len(layout)].tolist()
-        return [BucketEntry(*part, checksum=checksum) for part, checksum in zip(layout, checksums, strict=True)]
+        return [BucketEntry(*part[:4], checksum=checksum) for part, checksum in zip(layout, checksums, strict=True)]
 
 
 def _which_tensor(entries: Sequence[BucketEntry], message: str) -> str:

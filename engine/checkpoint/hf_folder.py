@@ -218,7 +218,7 @@ def export_hf(
 def _collect(
     meta: TensorMeta,
     band: tuple[int, int],
-    regions: dict[Region, list[int]],
+    regions: dict[Region, tuple[int, ...]],
     owner: int,
     rank: int,
     held: dict[tuple[str, Region], HFView],

@@ -2,41 +2,29 @@
 
     prepare → for each bucket: ranks write, engines verify and take over → all agree → commit, else roll back
 
-Writing bucket n+1 overlaps with the engines' taking over of bucket n. Ranks of a node and their engines take turns through
-counters in shared memory; all ranks agree through a process group of their own. Every wait has a deadline.
+Writing bucket n+1 overlaps with the engines' taking over of bucket n. Ranks and the engines that read their buckets take turns through
+counters in shared memory; all ranks agree through a process group of their own. Every wait has a deadline. Where the buckets are, and
+what ranks send to each other, is the route's (routes.py), which is chosen before the first swap (swap_setup.py).
 """
 
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from tandem.engine.buckets import (
-    CHECKSUMMED,
-    FAILED,
-    LOADED,
-    NUM_SLOTS,
-    WRITTEN,
-    BucketSlice,
-    BucketStream,
-    PeerFailed,
-    PendingTransfer,
-    SharedBuckets,
-    StreamingWeightSink,
-)
+from tandem.engine.buckets import CHECKSUMMED, NUM_SLOTS, WRITTEN, PeerFailed, PendingTransfer, StreamingWeightSink
 from tandem.engine.checkpoint.agreement import Agreement, Failure, raise_all
+from tandem.engine.checkpoint.device_writer import DeviceWork, Launched, make_device_work
 from tandem.engine.checkpoint.hand_over import HandOver
-from tandem.engine.checkpoint.names import HFView, NameMap
-from tandem.engine.checkpoint.plan import Plan, Region, make_plan
+from tandem.engine.checkpoint.names import NameMap
+from tandem.engine.checkpoint.swap_setup import Setup, make_setup, node_name
 from tandem.engine.checkpoint.writer import BucketWork, make_bucket_work
-from tandem.engine.config import SwapConfig
+from tandem.engine.config import SwapConfig, SwapRoute
 from tandem.engine.log import RunLog
-from tandem.engine.types import TensorMeta, WeightSink, WeightSource, WeightTransferError
+from tandem.engine.types import WeightSink, WeightSource, WeightTransferError
 
 # A rank may spend one deadline on a bucket and one on its engine before it comes to say so.
 _AGREE_FACTOR = 3
@@ -47,7 +35,9 @@ class SwapStats:
     """What one swap moved, as this rank saw it."""
 
     policy_version: int
+    route: SwapRoute
     num_bytes: int  # received by all engines together
+    moved_bytes: int  # from rank to rank
     num_engines: int
     num_buckets: int
     duration_s: float
@@ -55,20 +45,6 @@ class SwapStats:
     @property
     def gigabytes_per_s(self) -> float:
         return self.num_bytes / self.duration_s / 1e9
-
-
-@dataclass(frozen=True, slots=True)
-class _Setup:
-    """What follows from the plan and stays the same for all swaps."""
-
-    tensors: list[TensorMeta]
-    plan: Plan
-    num_engines: int
-    node: str
-    node_ranks: list[int]
-    node_leaders: list[int]
-    buckets: SharedBuckets | None  # None on a node without an engine
-    stream: BucketStream | None  # for the engine that this rank leads
 
 
 class WeightSwap:
@@ -99,16 +75,17 @@ class WeightSwap:
     ) -> None:
         self._source, self._sink, self._config, self._dtype = source, sink, config, dtype
         self._log, self._revive = log, revive
-        self._node = _node_name() if node is None else node
+        self._node = node_name() if node is None else node
         self._agreement = Agreement(control_group, timeout_s=_AGREE_FACTOR * config.timeout_s, who_is_lost=self._check_peers)
         self._rank = self._agreement.rank
         self._names = NameMap(source.hf_config)
-        self._setup: _Setup | None = None
-        self._work: list[BucketWork] = []
+        self._setup: Setup | None = None
+        self._work: list[BucketWork] | list[DeviceWork] = []
         self._addresses: list[tuple[str, int]] = []
         self._num_swaps = 0
         self._policy_version = -1
         self._handed: HandOver | None = None
+        self._where = ""  # what is being written, for messages
         self.last_stats: SwapStats | None = None
 
     @contextmanager
@@ -136,14 +113,14 @@ class WeightSwap:
                     if not any(self._agreement.reduce_max("look at the engines", int(replaced))):
                         raise
                     stats = self._swap(policy_version)
-                args.update(bytes=stats.num_bytes, gigabytes_per_s=stats.gigabytes_per_s)
+                args.update(bytes=stats.num_bytes, gigabytes_per_s=stats.gigabytes_per_s, route=stats.route)
         yield
 
     def close(self) -> None:
         """Release the shared memory. The engines are not touched."""
-        if self._setup is not None and self._setup.buckets is not None:
-            self._work = []
-            self._setup.buckets.close()
+        self._work, self._addresses = [], []
+        if self._setup is not None:
+            self._setup.close()
             self._setup = None
 
     def _swap(self, policy_version: int) -> SwapStats:
@@ -152,7 +129,9 @@ class WeightSwap:
             raise WeightTransferError(f"rank {self._rank}: the engine still has not answered the previous swap")
         self._num_swaps += 1
         if self._setup is None:
-            self._setup = self._make_setup()
+            self._setup = make_setup(self._agreement, self._config, self._source, self._sink, self._names, self._node, self._dtype)
+            if self._log is not None and self._setup.table:
+                self._log.say(self._setup.table)
         setup = self._setup
         failures: list[Failure] = []
         try:
@@ -173,87 +152,33 @@ class WeightSwap:
         self._policy_version = policy_version
         self.last_stats = SwapStats(
             policy_version=policy_version,
-            num_bytes=setup.plan.num_bytes * setup.num_engines,
+            route=setup.route,
+            num_bytes=setup.received_bytes,
+            moved_bytes=setup.moved_bytes,
             num_engines=setup.num_engines,
-            num_buckets=len(setup.plan.buckets),
+            num_buckets=setup.num_buckets,
             duration_s=time.perf_counter() - start,
         )
         return self.last_stats
 
-    # ---- once: who holds what, the plan, the memory
-
-    def _make_setup(self) -> _Setup:
-        """Gather all layouts, plan, and open the node's memory. Every rank raises if one cannot."""
-        views, tensors, error = self._local_views()
-        holdings: list[tuple[str, Region]] = [(view.name, view.region) for view in views]
-        facts = self._agreement.gather("plan the swap", (holdings, self._node, self._sink is not None, os.getpid(), error))
-        raise_all([Failure(rank, "planning", fact[4]) for rank, fact in enumerate(facts) if fact[4]])
-        nodes = [fact[1] for fact in facts]
-        leaders = [rank for rank, fact in enumerate(facts) if fact[2]]
-        if not leaders:
-            raise ValueError("no rank leads a rollout engine; give a sink to at least one")
-        plan = make_plan(tensors, [fact[0] for fact in facts], nodes, leaders, self._config.bucket_bytes)
-
-        node_ranks = [rank for rank, node in enumerate(nodes) if node == self._node]
-        node_leaders = [rank for rank in leaders if rank in node_ranks]
-        pids = {rank: facts[rank][3] for rank in node_ranks}
-        sizes = (node_ranks, pids, plan.bucket_bytes, max(map(len, plan.buckets)))
-        buckets, error = None, ""
-        if node_leaders and self._rank == node_ranks[0]:
-            try:
-                buckets = SharedBuckets(*sizes)
-            except OSError as cause:
-                error = f"cannot create shared memory: {cause}"
-        handles = self._agreement.gather("create shared memory", (buckets.handle if buckets is not None else None, error))
-        raise_all([Failure(rank, "setting up", fact[1]) for rank, fact in enumerate(handles) if fact[1]])
-        if node_leaders and buckets is None:
-            try:
-                buckets = SharedBuckets(*sizes, handle=handles[node_ranks[0]][0])
-            except OSError as cause:
-                error = f"cannot open the shared memory of rank {node_ranks[0]}: {cause}"
-        errors = self._agreement.gather("open shared memory", error)
-        raise_all([Failure(rank, "setting up", text) for rank, text in enumerate(errors) if text])
-        stream = None
-        if self._sink is not None and buckets is not None:
-            layout = tuple(
-                tuple(BucketSlice(entry.name, entry.tensor_start, entry.num_bytes, entry.bucket_start) for entry in bucket)
-                for bucket in plan.buckets
-            )
-            handle, timeout_s = handles[node_ranks[0]][0], self._config.timeout_s
-            stream = BucketStream(
-                tuple(tensors), layout, tuple(node_ranks), pids, plan.bucket_bytes, handle, leader=self._rank, timeout_s=timeout_s
-            )
-        return _Setup(tensors, plan, len(leaders), self._node, node_ranks, node_leaders, buckets, stream)
-
-    def _local_views(self) -> tuple[list[HFView], list[TensorMeta], str]:
-        """This rank's views, the model's tensors, and what was wrong with them ("" if nothing)."""
-        try:
-            shards = list(self._source.weight_shards())
-            views = [view for shard in shards for view in self._names.views(shard)]
-            if not shards:
-                return [], [], "this rank has no parameters"
-            dtype = self._dtype if self._dtype is not None else shards[0].tensor.dtype
-            return views, self._names.tensors(dtype), ""
-        except ValueError as error:
-            return [], [], str(error)
-
-    def _refresh_work(self, setup: _Setup) -> None:
+    def _refresh_work(self, setup: Setup) -> None:
         """Make the copies of every bucket from the live tensors, again only where a parameter has moved."""
         shards = list(self._source.weight_shards())
         addresses = [(shard.name, shard.tensor.data_ptr()) for shard in shards]
         if addresses != self._addresses:
             views = [view for shard in shards for view in self._names.views(shard)]
-            self._work = make_bucket_work(self._rank, setup.node, setup.plan, setup.tensors, views, setup.buckets)
+            of = self._rank, setup.plan, setup.place, setup.tensors, views, setup.buckets
+            self._work = make_bucket_work(*of) if setup.device is None else make_device_work(*of, setup.device)
             self._addresses = addresses
 
     # ---- the transfer
 
-    def _ticket(self, setup: _Setup, bucket: int) -> int:
+    def _ticket(self, setup: Setup, bucket: int) -> int:
         """Counter value of a bucket: rises over all swaps, so that counters are never reset."""
-        return self._num_swaps * (len(setup.plan.buckets) + 1) + bucket + 1
+        return self._num_swaps * (setup.num_buckets + 1) + bucket + 1
 
     def _wait(
-        self, setup: _Setup, ranks: list[int], counter: int, bucket: int, waited_for: str, pending: PendingTransfer | None = None
+        self, setup: Setup, ranks: Sequence[int], counter: int, bucket: int, waited_for: str, pending: PendingTransfer | None = None
     ) -> None:
         assert setup.buckets is not None
         setup.buckets.wait(
@@ -266,51 +191,78 @@ class WeightSwap:
             check_also=pending.check if pending is not None else None,
         )
 
-    def _write(self, setup: _Setup, pending: PendingTransfer | None, failures: list[Failure]) -> None:
-        """This rank's part of every bucket. After a failure it only sends what ranks of other nodes wait for."""
-        shared = setup.buckets
+    def _write(self, setup: Setup, pending: PendingTransfer | None, failures: list[Failure]) -> None:
+        """This rank's part of every bucket. After a failure it only sends what other ranks wait for."""
+        launched: tuple[int, Launched] | None = None
         for bucket, work in enumerate(self._work):
-            where = f"bucket {bucket} of {len(self._work)}"
+            self._where = f"bucket {bucket} of {len(self._work)}"
             try:
-                work.exchange(self._agreement.group, self._config.timeout_s)
+                work.exchange(setup.transport)
             except Exception as error:  # whatever it is, all ranks must roll back
-                self._fail(setup, failures, where, error)
+                self._fail(setup, failures, self._where, error)
+            if setup.place is None or failures or bucket >= len(setup.place.buckets):
+                continue
             try:
-                if shared is None or failures:
-                    continue
                 if bucket >= NUM_SLOTS:
-                    self._wait(setup, setup.node_leaders, LOADED, bucket - NUM_SLOTS, "load", pending)
-                for entry in work.entries:
-                    where = f"bucket {bucket} of {len(self._work)}, tensor {entry.name}"
-                    entry.write(shared)
-                shared.publish(self._rank, WRITTEN, self._ticket(setup, bucket))
-                where = f"bucket {bucket} of {len(self._work)}"
-                if work.shared_checksums:
-                    self._wait(setup, setup.node_ranks, WRITTEN, bucket, "write")
-                    for entry in work.late_checksums:
-                        entry.checksum(shared)
-                shared.publish(self._rank, CHECKSUMMED, self._ticket(setup, bucket))
+                    for counter, ranks in setup.readers.items():
+                        self._wait(setup, ranks, counter, bucket - NUM_SLOTS, "load", pending)
+                if isinstance(work, DeviceWork):
+                    assert setup.buckets is not None
+                    following = bucket, work.launch(setup.buckets)
+                    self._finish(setup, launched)  # while the device writes the next one
+                    launched = following
+                else:
+                    self._write_from_host(setup, bucket, work)
             except PeerFailed:
-                failures.append(Failure(self._rank, where, ""))
-            except Exception as error:  # whatever it is, all ranks must roll back
-                self._fail(setup, failures, where, error)
+                failures.append(Failure(self._rank, self._where, ""))
+            except Exception as error:
+                self._fail(setup, failures, self._where, error)
+        try:
+            self._finish(setup, None if failures else launched)
+        except Exception as error:
+            self._fail(setup, failures, self._where, error)
 
-    def _start_receiving(self, setup: _Setup, policy_version: int, failures: list[Failure]) -> PendingTransfer | None:
+    def _write_from_host(self, setup: Setup, bucket: int, work: BucketWork) -> None:
+        shared, place, where = setup.buckets, setup.place, self._where
+        assert shared is not None
+        assert place is not None
+        for entry in work.entries:
+            self._where = f"{where}, tensor {entry.name}"
+            entry.write(shared)
+        shared.publish(self._rank, WRITTEN, self._ticket(setup, bucket))
+        self._where = where
+        if work.shared_checksums:
+            self._wait(setup, place.place.ranks, WRITTEN, bucket, "write")
+            for entry in work.late_checksums:
+                entry.checksum(shared)
+        shared.publish(self._rank, CHECKSUMMED, self._ticket(setup, bucket))
+
+    def _finish(self, setup: Setup, launched: tuple[int, Launched] | None) -> None:
+        """Wait until the device has written a bucket, and let the engine have it."""
+        if launched is None:
+            return
+        bucket, work = launched
+        self._where = f"bucket {bucket} of {len(self._work)}"
+        assert setup.buckets is not None
+        work.finish(setup.buckets)
+        setup.buckets.publish(self._rank, CHECKSUMMED, self._ticket(setup, bucket))
+
+    def _start_receiving(self, setup: Setup, policy_version: int, failures: list[Failure]) -> PendingTransfer | None:
         """Let this rank's engine take over the buckets as they come: by itself, or handed to it one by one by a thread."""
-        if self._sink is None or setup.stream is None or setup.buckets is None:
+        if self._sink is None:
             return None
         numbers = {"swap": self._num_swaps, "first_ticket": self._ticket(setup, 0)}
         self._handed = None
         try:
             if isinstance(self._sink, StreamingWeightSink):
-                return self._sink.receive(setup.stream, policy_version, **numbers)
-            self._handed = HandOver(self._sink, setup.buckets, setup.stream, policy_version, **numbers)
+                return self._sink.receive(setup.streams[0], policy_version, **numbers)
+            self._handed = HandOver(self._sink, setup.opened[0], setup.streams[0], policy_version, **numbers)
             return self._handed
         except Exception as error:  # whatever it is, all ranks must roll back
             self._fail(setup, failures, "its engine", error)
             return None
 
-    def _end_receiving(self, setup: _Setup, pending: PendingTransfer | None, failures: list[Failure]) -> None:
+    def _end_receiving(self, setup: Setup, pending: PendingTransfer | None, failures: list[Failure]) -> None:
         if pending is None:
             return
         try:
@@ -322,15 +274,15 @@ class WeightSwap:
 
     # ---- agreement
 
-    def _fail(self, setup: _Setup, failures: list[Failure], where: str, error: Exception) -> None:
-        """Note a failure and let this node's ranks see it."""
+    def _fail(self, setup: Setup, failures: list[Failure], where: str, error: Exception) -> None:
+        """Note a failure and let those see it that wait for this rank's buckets, or for its engine."""
         failures.append(
             Failure(self._rank, where, f"{error}" if isinstance(error, WeightTransferError) else f"{type(error).__name__}: {error}")
         )
-        if setup.buckets is not None:
-            setup.buckets.publish(self._rank, FAILED, self._num_swaps)
+        for buckets in setup.all_buckets:
+            buckets.fail(self._num_swaps)
 
-    def _agree(self, setup: _Setup, failures: list[Failure], step: str) -> None:
+    def _agree(self, setup: Setup, failures: list[Failure], step: str) -> None:
         """Return if no rank failed; otherwise roll back and raise the same error on every rank."""
         try:
             (failed,) = self._agreement.reduce_max(step, int(bool(failures)))
@@ -340,8 +292,10 @@ class WeightSwap:
             self._rollback()
             raise
         self._rollback()
-        everyone = self._agreement.gather("tell why the swap failed", failures)
-        raise_all([failure for of_rank in everyone for failure in of_rank if failure.reason])
+        everyone = self._agreement.gather("tell why the swap failed", (failures, setup.transport.is_broken))
+        if any(is_broken for _, is_broken in everyone):
+            self.close()  # the next swap begins with connections of its own
+        raise_all([failure for of_rank, _ in everyone for failure in of_rank if failure.reason])
 
     def _rollback(self) -> None:
         """Let the engine forget the transaction. One that does not answer, or died, has nothing to forget."""
@@ -350,11 +304,5 @@ class WeightSwap:
                 self._sink.rollback()
 
     def _check_peers(self) -> None:
-        if self._setup is not None and self._setup.buckets is not None:
-            self._setup.buckets.check_peers()
-
-
-def _node_name() -> str:
-    """Equal for processes that can open each other's memory: same boot of a machine, same process namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
+        for buckets in self._setup.all_buckets if self._setup is not None else ():
+            buckets.check_peers()

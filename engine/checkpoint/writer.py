@@ -1,17 +1,16 @@
-"""What one rank does for each bucket: the copies from its live parameters, prepared once from the plan."""
+"""What one rank does for each bucket in host memory: the copies from its live parameters, prepared once from the plan."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
-from tandem.engine.buckets import NUM_SLOTS, SharedBuckets
+from tandem.engine.buckets import NUM_SLOTS, Region, SharedBuckets
 from tandem.engine.checkpoint.names import HFView
-from tandem.engine.checkpoint.plan import Entry, Piece, Plan, Region
+from tandem.engine.checkpoint.plan import Entry, PlacePlan, Plan
 from tandem.engine.checkpoint.staging import Copy, Staged, stage
+from tandem.engine.checkpoint.transport import Mail, Transport, mail_of
 from tandem.engine.types import TensorMeta
 
 ByteCopy = tuple[memoryview, memoryview]  # (destination, source), equally long
@@ -48,76 +47,64 @@ class BucketWork:
 
     entries: list[EntryWork] = field(default_factory=list)
     late_checksums: list[EntryWork] = field(default_factory=list)  # of entries that several ranks write
-    shared_checksums: bool = False  # whether any rank of the node has late checksums
-    sends: list[tuple[int, torch.Tensor, tuple[Copy, ...]]] = field(default_factory=list)  # (to, staging, copies that fill it)
-    receives: list[tuple[int, torch.Tensor]] = field(default_factory=list)  # (from, staging)
+    shared_checksums: bool = False  # whether any rank of the place has late checksums
+    mail: Mail = field(default_factory=Mail)
+    fills: list[Copy] = field(default_factory=list)  # what this rank sends
     staged: Staged | None = None  # what comes from a device
 
-    def exchange(self, group: dist.ProcessGroup, timeout_s: float) -> None:
-        """Bring over what lies on a device; send and receive what crosses nodes. A failed copy is raised after that: others wait for it."""
+    def exchange(self, transport: Transport) -> None:
+        """Bring over what lies on a device; send and receive. A failed copy is raised after that: others wait for it."""
         failed: Exception | None = None
         try:
             if self.staged is not None:
                 self.staged.fill()
-            for _, _, copies in self.sends:
-                for destination, source in copies:
-                    destination.copy_(source)
+            for destination, source in self.fills:
+                destination.copy_(source)
         except Exception as error:
             failed = error
-        if self.sends or self.receives:
-            operations = [dist.P2POp(dist.irecv, staging, group=group, group_peer=rank) for rank, staging in self.receives]
-            operations += [dist.P2POp(dist.isend, staging, group=group, group_peer=rank) for rank, staging, _ in self.sends]
-            for request in dist.batch_isend_irecv(operations):
-                request.wait(timedelta(seconds=timeout_s))
+        transport.exchange(self.mail.messages)
         if failed is not None:
             raise failed
 
 
 def make_bucket_work(
-    rank: int, node: str, plan: Plan, tensors: Sequence[TensorMeta], views: Sequence[HFView], shared: SharedBuckets | None
+    rank: int, plan: Plan, place: PlacePlan | None, tensors: Sequence[TensorMeta], views: Sequence[HFView], shared: SharedBuckets | None
 ) -> list[BucketWork]:
-    """Turn the plan into copies between live tensors and the node's slots."""
+    """Turn the plan into copies between live tensors, messages and the slots of the rank's place."""
     metas = {meta.name: meta for meta in tensors}
-    held: defaultdict[str, list[HFView]] = defaultdict(list)
-    for view in views:
-        held[view.name].append(view)
-    works = [BucketWork() for _ in plan.buckets]
-    writers: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+    held = by_name(views)
+    works = [BucketWork(mail=mail) for mail in mail_of(rank, plan, tensors, torch.device("cpu"))]
+    live: list[list[Copy]] = [[] for _ in works]  # those that read this rank's parameters
+    fills: list[list[Copy]] = [[] for _ in works]
+    for work, reads, filled in zip(works, live, fills, strict=True):
+        for transfer, memory in work.mail.to_send(rank):
+            filled += copies_from(held[transfer.name], transfer.region, memory)
+        reads += filled
     copies: defaultdict[tuple[int, int], list[Copy]] = defaultdict(list)
-    sends: list[list[tuple[int, torch.Tensor, list[Copy]]]] = [[] for _ in plan.buckets]
-    live: list[list[Copy]] = [[] for _ in plan.buckets]  # of both, those that read this rank's parameters
-    for piece in plan.pieces:
-        work, entry = works[piece.bucket], plan.buckets[piece.bucket][piece.entry]
-        meta = metas[entry.name]
-        if piece.node == node:
-            writers[piece.bucket, piece.entry].add(piece.writer)
-        if rank not in (piece.source, piece.writer):
-            continue
-        staging: torch.Tensor | None = None
-        if piece.source != piece.writer:
-            staging = torch.empty([stop - start for start, stop in piece.region], dtype=meta.dtype)
-            # bytes: gloo knows fewer dtypes than torch
-            if rank == piece.source:
-                filled = _copies_from(held[entry.name], piece.region, staging)
-                live[piece.bucket] += filled
-                sends[piece.bucket].append((piece.writer, staging, filled))
+    writers: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+    for piece in place.pieces if place is not None else ():
+        writers[piece.bucket, piece.entry].add(piece.writer)
+    if place is not None and shared is not None:
+        received = [{(transfer.name, transfer.region): memory for transfer, memory in work.mail.received(rank)} for work in works]
+        for piece in place.pieces:
+            if piece.writer != rank:
                 continue
-            work.receives.append((piece.source, staging.view(-1).view(torch.uint8)))
-        assert shared is not None, "only ranks of a node with an engine write"
-        destination = _in_slot(shared, piece, entry, meta)
-        if staging is None:
-            written = _copies_from(held[entry.name], piece.region, destination)
+            entry = place.buckets[piece.bucket][piece.entry]
+            destination = in_slot(shared.slots[piece.bucket % NUM_SLOTS], entry, piece.region, metas[entry.name])
+            if piece.source != rank:
+                copies[piece.bucket, piece.entry].append((destination, received[piece.bucket][entry.name, piece.region]))
+                continue
+            written = copies_from(held[entry.name], piece.region, destination)
             live[piece.bucket] += written
             copies[piece.bucket, piece.entry] += written
-        else:
-            copies[piece.bucket, piece.entry].append((destination, staging))
     all_staged, hosts = stage(live)
-    for work, staged, to_send in zip(works, all_staged, sends, strict=True):
-        work.staged = staged
-        work.sends = [(to, staging.view(-1).view(torch.uint8), tuple(_from_host(filled, hosts))) for to, staging, filled in to_send]
-    for bucket, checksum_ranks in enumerate(plan.checksum_ranks.get(node, ())):
+    for work, staged, filled in zip(works, all_staged, fills, strict=True):
+        work.staged, work.fills = staged, _from_host(filled, hosts)
+    if place is None:
+        return works
+    for bucket, checksum_ranks in enumerate(place.checksum_ranks):
         work = works[bucket]
-        for index, (entry, checksum_rank) in enumerate(zip(plan.buckets[bucket], checksum_ranks, strict=True)):
+        for index, (entry, checksum_rank) in enumerate(zip(place.buckets[bucket], checksum_ranks, strict=True)):
             alone = len(writers[bucket, index]) == 1
             work.shared_checksums |= not alone
             if rank not in writers[bucket, index]:
@@ -141,6 +128,13 @@ def make_bucket_work(
     return works
 
 
+def by_name(views: Sequence[HFView]) -> defaultdict[str, list[HFView]]:
+    held: defaultdict[str, list[HFView]] = defaultdict(list)
+    for view in views:
+        held[view.name].append(view)
+    return held
+
+
 def _from_host(copies: Sequence[Copy], hosts: Mapping[int, torch.Tensor]) -> list[Copy]:
     """The copies, with what is staged read from where it is on the host."""
     return [(destination, hosts.get(id(source), source)) for destination, source in copies]
@@ -157,20 +151,20 @@ def _memory(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
-def _in_slot(shared: SharedBuckets, piece: Piece, entry: Entry, meta: TensorMeta) -> torch.Tensor:
-    """The piece's place in its slot, with the piece's shape."""
-    flat = shared.slots[piece.bucket % NUM_SLOTS][entry.bucket_start : entry.bucket_start + entry.num_bytes]
-    rows = flat.view(meta.dtype).view(entry.stop - entry.start, *meta.shape[1:])
-    (start, stop), *inner = piece.region
-    return rows[(slice(start - entry.start, stop - entry.start), *(slice(*bounds) for bounds in inner))]
+def in_slot(slot: torch.Tensor, entry: Entry, region: Region, meta: TensorMeta) -> torch.Tensor:
+    """A part of an entry in its slot, with the part's shape."""
+    flat = slot[entry.bucket_start : entry.bucket_start + entry.num_bytes]
+    whole = flat.view(meta.dtype).view([stop - start for start, stop in entry.region])
+    return whole[tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(region, entry.region, strict=True))]
 
 
-def _copies_from(views: Sequence[HFView], region: Region, destination: torch.Tensor) -> list[Copy]:
+def copies_from(views: Sequence[HFView], region: Region, destination: torch.Tensor) -> list[Copy]:
     """Copies of a region from the view that holds it to `destination`, which has the region's shape."""
     (first, last), *inner = region
     for view in views:
-        (start, stop), *rest = view.region
-        if start <= first and last <= stop and rest == inner:
-            parts = view.rows(first - start, last - start)
+        if all(start <= a and b <= stop for (start, stop), (a, b) in zip(view.region, region, strict=True)):
+            (start, _), *rest = view.region
+            columns = [slice(a - begin, b - begin) for (a, b), (begin, _) in zip(inner, rest, strict=True)]
+            parts = [(a, b, part[(..., *columns)]) for a, b, part in view.rows(first - start, last - start)]
             return [(destination[a - first + start : b - first + start].view(part.shape), part) for a, b, part in parts]
     raise ValueError(f"no parameter holds {region}; their layout has changed since the plan was made")
