@@ -69,6 +69,20 @@ class SGLangConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ElasticConfig:
+    """Engines that die, and nodes that join and leave, while the others go on (rollout.engine=sglang; docs/elastic.md)."""
+
+    enabled: bool = False
+    """Let other engines generate what a dead one was generating, and `tandem rollout-node` join. Each leader keeps a copy of the weights in
+    host memory. Which engine has a request depends on the moment: responses are reproducible as far as SGLang's are, up to near ties."""
+    timeout_s: float = 120.0
+    """A rollout-only node that has not taken the weights by then, or does not answer for so long, is dropped, in seconds."""
+
+    def __post_init__(self) -> None:
+        check(self.timeout_s > 0, "rollout.elastic.timeout_s", self.timeout_s, "it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How responses are generated."""
 
@@ -92,8 +106,10 @@ class RolloutConfig:
     """Keep the experts that each sampled token chose, for trainer.replay_routing. Mixtures of experts only."""
     repetition: RepetitionConfig = field(default_factory=RepetitionConfig)
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
 
     def __post_init__(self) -> None:
+        check(not self.elastic.enabled or self.engine == "sglang", "rollout.elastic.enabled", True, "it needs rollout.engine=sglang")
         check(self.tp >= 1, "rollout.tp", self.tp, "it must be at least 1")
         check(self.token_budget is None or self.token_budget >= 1, "rollout.token_budget", self.token_budget, "it must be at least 1")
         check(self.max_response_tokens >= 1, "rollout.max_response_tokens", self.max_response_tokens, "it must be at least 1")
