@@ -39,7 +39,7 @@ from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh, destroy_mesh
 from tandem.engine.trainer.optimizer import learning_rate
 from tandem.engine.trainer.state import random_state, set_random_state
-from tandem.engine.types import Prompt
+from tandem.engine.types import Group, Prompt
 from tandem.engine.watchdog import EXIT_SIGTERM
 
 # A context that holds any prompt.
@@ -214,6 +214,15 @@ class Parts:
         self.buffer.begin_iteration(step)
         self._sampler_state = self.sampler.state_dict() if self.sampler is not None else None
         self.generation.begin_iteration(self._save_s)
+
+    def finish_grading(self, step: int) -> list[Group]:
+        """Wait for the verdicts of this leader's groups. A collective; after SIGTERM it lasts while there is time, then all ranks leave."""
+        self.run.watchdog.call_when_stopping(self.judge.cut, self.generation.reserve_s)
+        scored = self.judge.finish()
+        (was_cut,) = self.run.any(self.judge.was_cut)
+        if was_cut:
+            self._leave(step)
+        return scored
 
     def begin_updates(self, step: int) -> None:
         """The iteration's learning rate, and the fresh optimizer that the paper asks for. After SIGTERM, only if there is time."""

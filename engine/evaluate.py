@@ -42,7 +42,7 @@ def evaluate(run: Run, parts: Parts, step: int) -> dict[str, float]:
         for group in parts.generation.generate(groups, step, temperature=0.0):
             parts.judge.submit(group)
             num_tokens += group.responses[0].num_tokens
-        num_correct = sum(group.verdicts[0].correct for group in parts.judge.finish())
+        num_correct = sum(group.verdicts[0].correct for group in parts.finish_grading(step))
         # taken here, for those of an iteration are of its rollouts
         num_not_graded = sum(stats.num_not_graded for stats in parts.judge.take_stats().values())
         num_prompts = len(parts.eval_prompts)

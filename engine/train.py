@@ -47,7 +47,7 @@ def train(config: RunConfig) -> None:
                                 buffer.push_partial([group])
                             buffer.push_scored(judge.take_scored())
                 with phase("grade"):
-                    buffer.push_scored(judge.finish())
+                    buffer.push_scored(parts.finish_grading(step))
             with phase("pack"):
                 groups = buffer.pop_scored()
                 run.observe(sampler, groups)  # success rates steer the next draw

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,9 +17,11 @@ import pytest
 from tandem.engine.config import CheckpointConfig, DataConfig, EvaluationConfig, LogConfig, RewardConfig
 from tandem.engine.log import read_metrics
 from tandem.engine.reward import judge as judge_module
+from tandem.engine.reward.domains import ArithmeticGrader
 from tandem.engine.reward.workers import WorkerPool
 from tandem.engine.train import train
-from tandem.engine.types import Prompt, Verdict
+from tandem.engine.types import Group, Prompt, Verdict
+from tests.launched import Launched
 from tests.ranks import run_ranks
 from tests.reward import worker_calls as calls
 from tests.reward.worker_grader import WorkerGrader, share_of
@@ -131,6 +135,39 @@ def test_groups_with_ungraded_responses_are_completed_from_the_others_or_dropped
     assert evaluated[dropping][0]["eval/pass_at_1"] == evaluated[run_dir][0]["eval/pass_at_1"]
     for folder in (run_dir, dropping):
         assert "reward alarm" in (folder / "trace" / "rank_0.json").read_text()
+
+
+class NeverAnswers(ArithmeticGrader):
+    """Once `is_silent` says so."""
+
+    def __init__(self, is_silent: Callable[[], bool]) -> None:
+        self._is_silent = is_silent
+
+    def grade(self, text: str, prompt: Prompt, *, is_complete: bool) -> Any:
+        return Future() if self._is_silent() else super().grade(text, prompt, is_complete=is_complete)
+
+
+def stop_in_second_wait(rank: int) -> None:
+    """For `Launched`: verdicts on rollouts never come, and SIGTERM comes when the rank begins to wait for them."""
+    finish, num_waits = judge_module.Judge.finish, 0
+
+    def watched(self: judge_module.Judge) -> list[Group]:
+        nonlocal num_waits
+        num_waits += 1  # the first is the evaluation's
+        if num_waits == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return finish(self)
+
+    judge_module.Judge.finish = watched
+    judge_module.open_grader = lambda domain, config, *, num_workers: NeverAnswers(lambda: num_waits > 0)
+
+
+def test_sigterm_cuts_the_wait_for_verdicts_and_the_run_goes_on_as_if_nothing_had_been(run_dir: Path, plain: Path, tmp_path: Path) -> None:
+    launched = Launched(small_toy(run_dir, **TWO_STEPS), tmp_path / "stopped", prepare=stop_in_second_wait)
+    assert launched.wait(240) == [143, 143], launched.output()
+    assert "Stopped by SIGTERM; started again, the run goes on with iteration 0" in launched.output()
+    run_ranks(train, 2, small_toy(run_dir, **TWO_STEPS))
+    assert weights_of(run_dir, 2) == weights_of(plain, 2)
 
 
 def test_a_run_of_which_nothing_can_be_graded_ends_and_says_why(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """The judge: every response goes to its domain's grader, thousands at a time, while the engine goes on generating.
 
-All of it runs on the caller's thread, which never waits but in `finish`: a grader's future only puts a note into a queue. Groups come
-out in the order in which they went in, however long each took, so that a run does not depend on how fast graders are.
+All of it but `cut` runs on the caller's thread, which never waits but in `finish`: a grader's future only puts a note into a queue.
+Groups come out in the order in which they went in, however long each took, so that a run does not depend on how fast graders are.
 """
 
 import dataclasses
@@ -76,7 +76,8 @@ class Judge:
         self._waiting: deque[_Task] = deque()
         self._out: set[_Task] = set()  # with graders
         self._num_chars_out = 0
-        self._answers: queue.SimpleQueue[tuple[_Task, Future[Verdict], float]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[_Task, Future[Verdict], float] | None] = queue.SimpleQueue()  # None wakes `finish`
+        self.was_cut = False
         self._num_dropped_in_a_row = 0
         self._stats: dict[str, DomainStats] = {}
 
@@ -112,7 +113,7 @@ class Judge:
         Raises: GradingError when nothing can be graded any more.
         """
         while not self._answers.empty():
-            self._receive(*self._answers.get())
+            self._receive(self._answers.get())
         self._hand_out()
         scored = []
         while self._scorings and None not in self._scorings[0].verdicts:
@@ -125,18 +126,23 @@ class Judge:
     def finish(self) -> list[Group]:
         """Wait for everything submitted; the groups that `take_scored` has not given yet.
 
-        What is awaited when no verdict came for `reward.timeout_s` is not graded, without another try.
+        What is awaited when no verdict came for `reward.timeout_s` is not graded, without another try. After `cut`, nothing is awaited.
         """
         scored = self.take_scored()
         total = len(scored) + len(self._scorings)
-        while self._scorings:
+        while self._scorings and not self.was_cut:
             try:
-                self._receive(*self._answers.get(timeout=self.config.timeout_s))
+                self._receive(self._answers.get(timeout=self.config.timeout_s))
             except queue.Empty:
                 self._give_up()
             scored += self.take_scored()
             self._on_progress(len(scored), total)
         return scored
+
+    def cut(self) -> None:
+        """Have `finish` return what is scored by now, at once and for ever: the run is leaving. From any thread, as often as it likes."""
+        self.was_cut = True
+        self._answers.put(None)
 
     def take_stats(self) -> dict[str, DomainStats]:
         """By domain, what was graded since the last call."""
@@ -180,7 +186,10 @@ class Judge:
         task.well_formed = _holds_in_order(text, self.config.format_markers)
         return text[-self.config.max_response_chars :]
 
-    def _receive(self, task: _Task, done: Future[Verdict], done_s: float) -> None:
+    def _receive(self, answer: tuple[_Task, Future[Verdict], float] | None) -> None:
+        if answer is None:
+            return
+        task, done, done_s = answer
         if task not in self._out:  # given up
             return
         self._out.remove(task)

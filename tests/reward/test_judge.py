@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -239,6 +240,20 @@ def test_a_run_whose_groups_are_all_dropped_ends_with_the_graders_reason(monkeyp
         judge.submit(group_of("?"))
         with pytest.raises(GradingError, match=r"the last 3 groups were dropped.*prompt 'p' \(domain arithmetic\): nobody knows"):
             judge.finish()
+
+
+def test_a_cut_ends_the_wait_for_verdicts_with_those_that_came() -> None:
+    grader = ByHand()
+    with judge_with(grader, timeout_s=600.0) as judge:
+        for serial in range(3):
+            judge.submit(group_of("A:18.", serial=serial))
+        grader.futures[0][1].set_result(Verdict(correct=True))
+        # Called while `finish` waits: by its own report of what has come
+        judge._on_progress = lambda completed, total: judge.cut()
+        threading.Timer(0.01, grader.futures[1][1].set_result, (Verdict(correct=False),)).start()
+        assert [group.serial for group in judge.finish()] == [0, 1]
+        assert judge.was_cut
+        assert judge.finish() == []
 
 
 def test_a_grader_that_never_answers_holds_a_run_up_for_the_timeout_only_and_late_answers_change_nothing() -> None:
