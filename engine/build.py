@@ -21,6 +21,7 @@ from tandem.engine.data.sft import SFTExample, load_sft
 from tandem.engine.data.tasks import prompts as task_prompts
 from tandem.engine.data.tasks import write_task
 from tandem.engine.data.tokenizer import HFTokenizer, load_tokenizer
+from tandem.engine.elastic import Roster
 from tandem.engine.errors import RunEnded, Stopped
 from tandem.engine.feasibility import check_run
 from tandem.engine.generation import Generation
@@ -32,6 +33,8 @@ from tandem.engine.reward.domains import DOMAINS
 from tandem.engine.reward.grading_stats import RewardAlarm
 from tandem.engine.reward.judge import Judge
 from tandem.engine.rollout.embedded import EmbeddedEngine
+from tandem.engine.rollout.fleet import FleetEngine
+from tandem.engine.rollout.nodes import model_digest
 from tandem.engine.rollout.sglang import SGLangEngine
 from tandem.engine.rollout.sglang_server import ServerSetup, SGLangServer
 from tandem.engine.run import Run
@@ -117,7 +120,13 @@ class Parts:
         self.journal = SegmentJournal(run.dir / "replay" / f"journal_{run.rank}.sqlite")
         stack.callback(self.journal.close)
         stop_ids = stop_token_ids(self.tokenizer, config.model.path)
-        self.generation = Generation(run, self.engine, self.journal, self.weights, stop_token_ids=stop_ids, leave=self._leave)
+        roster = None
+        if config.rollout.elastic.enabled:
+            digest = model_digest(hf_config, dtype=config.trainer.dtype, context_length=config.model.context_length)
+            roster = Roster(run, self.engine if isinstance(self.engine, FleetEngine) else None, digest)
+        self.generation = Generation(
+            run, self.engine, self.journal, self.weights, stop_token_ids=stop_ids, leave=self._leave, roster=roster
+        )
         keep, asynchronous, timeout_s = config.checkpoint.keep, config.checkpoint.asynchronous, config.checkpoint.timeout_s
         self.checkpoints = stack.enter_context(
             CheckpointSaver(run.dir / "checkpoints", keep=keep, asynchronous=asynchronous, timeout_s=timeout_s, group=run.control)
@@ -171,7 +180,7 @@ class Parts:
         held_out = Path(data.eval_prompts) if data.eval_prompts is not None else held_out
         return prompts, held_out, Path(data.sft) if data.sft is not None else folder / "sft.jsonl"
 
-    def _start_engine(self, hf_config: Mapping[str, Any], stack: contextlib.ExitStack) -> EmbeddedEngine | SGLangEngine:
+    def _start_engine(self, hf_config: Mapping[str, Any], stack: contextlib.ExitStack) -> EmbeddedEngine | SGLangEngine | FleetEngine:
         run, config = self.run, self.run.config
         (run.dir / "logs").mkdir(exist_ok=True)
         log_path = run.dir / "logs" / f"engine_{run.rank}.log"
@@ -191,6 +200,11 @@ class Parts:
                 log_path=log_path,
             )
             engine = SGLangEngine(SGLangServer(setup), config.rollout, stop_token_ids=stop_ids, timeout_s=timeout_s)
+            if config.rollout.elastic.enabled:
+                context_length = config.model.context_length
+                engine = FleetEngine(
+                    engine, hf_config, config.rollout, context_length=context_length, stop_token_ids=stop_ids, say=self._say_of_engines
+                )
         else:
             engine = EmbeddedEngine(
                 hf_config,
@@ -204,6 +218,10 @@ class Parts:
             )
         stack.callback(engine.close)
         return engine
+
+    def _say_of_engines(self, text: str) -> None:
+        """From any thread."""
+        print(f"rank {self.run.rank}: {text}", flush=True)
 
     def sft_examples(self, max_tokens: int) -> list[SFTExample]:
         """The examples of the supervised warm start, none longer than `max_tokens`."""

@@ -10,6 +10,7 @@ import tyro
 
 from tandem.engine.curate.config import CurateConfig
 from tandem.engine.errors import clear_errors, fail
+from tandem.engine.node_config import NodeOptions
 from tandem.engine.recipes.registry import parse_launch
 from tandem.engine.reward.execution import Limits
 
@@ -225,6 +226,20 @@ def curate(config: Annotated[CurateConfig, tyro.conf.arg(name="")]) -> None:
     print(f"wrote {config.to / PROMPTS_FILE}: {len(outcome.prompts)} of {outcome.num_read} prompts")
 
 
+def rollout_node(
+    run: tyro.conf.Positional[Path],
+    options: Annotated[NodeOptions, tyro.conf.arg(name="")] = NodeOptions(),  # noqa: B008  (frozen)
+) -> None:
+    """Generate for a run on a machine that has no part in its training, until it is stopped (Ctrl-C). docs/elastic.md says how.
+
+    Args:
+        run: Run folder, on a file system that both machines share; the run needs rollout.elastic.enabled.
+    """
+    from tandem.engine.rollout_node import run_node
+
+    run_node(run, options)
+
+
 def bench(name: tyro.conf.Positional[str]) -> None:
     """Measure kernels and swaps against their floors and peers. `tandem bench --help` lists what there is.
 
@@ -256,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "testgen": hidden_tests,
                 "sandbox-serve": sandbox_serve,
                 "curate": curate,
+                "rollout-node": rollout_node,
                 "bench": bench,
             },
             prog="tandem",

@@ -11,6 +11,7 @@ import torch
 
 from tandem.engine.checkpoint.swap import WeightSwap
 from tandem.engine.data.journal import SegmentJournal, SegmentKey, segment_digest, settings_digest
+from tandem.engine.elastic import Roster
 from tandem.engine.rollout.budget import generate_groups, sample_seed
 from tandem.engine.run import Run
 from tandem.engine.types import Completion, EngineDiedError, Group, RolloutEngine
@@ -27,6 +28,7 @@ class Generation:
     Args:
         stop_token_ids: of the engine.
         leave: saves what the iteration started from and leaves the run, on all ranks together; called after SIGTERM.
+        roster: tells the engine who else generates, where the run is elastic.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class Generation:
         *,
         stop_token_ids: Sequence[int],
         leave: Callable[[int], None],
+        roster: Roster | None = None,
     ) -> None:
         self._run, self._engine, self._journal, self._weights, self._leave = run, engine, journal, weights, leave
+        self._roster = roster
         self._settings = settings_digest(self._what_tokens_depend_on(stop_token_ids))
         self._num_deaths = 0  # of engines in a row
         self._has_died = self._was_cut = False
@@ -55,6 +59,8 @@ class Generation:
         self.reserve_s = math.inf if math.isnan(rest_s) else rest_s
         if not self.replace_dead_engine("between two phases"):
             self._wait_for_engine()
+        if self._roster is not None:
+            self._roster.meet()
 
     def replace_dead_engine(self, when: str) -> bool:
         """Replace this leader's engine if it died, outside of a generation. Returns whether it had."""

@@ -17,8 +17,9 @@ from tandem.engine.buckets import BucketStream
 from tandem.engine.config import RolloutConfig
 from tandem.engine.rollout.requests import check_requests
 from tandem.engine.rollout.sglang_client import ServerGoneError, SGLangClient
-from tandem.engine.rollout.sglang_generation import Generation, ServerStalledError
+from tandem.engine.rollout.sglang_generation import Generation
 from tandem.engine.rollout.sglang_health import watch
+from tandem.engine.rollout.sglang_members import Member, ServerStalledError
 from tandem.engine.rollout.sglang_server import SGLangServer
 from tandem.engine.rollout.sglang_weights import UnknownWeightsError, WeightCommands
 from tandem.engine.rollout.weights import DTYPES
@@ -130,38 +131,35 @@ class SGLangEngine:
     def _generate(self, requests: tuple[GenerationRequest, ...], token_budget: int | None) -> Generator[Completion, None, None]:
         if not requests:
             return
-        self._command("generate", self._weights.pause())
+        self.admit()
         generation = Generation(
-            self._client,
             self._config,
             requests,
+            [Member(name=self.server.name, client=self._client, capacity=self._config.max_batch)],
             stop_token_ids=self._stop_token_ids,
             architecture=self._architecture,
             token_budget=token_budget,
             policy_version=self._policy_version,
         )
         self._generation = generation
-        self._client.submit(generation.run())
         try:
-            while True:
-                ended = generation.ended.get()
-                if not isinstance(ended, Completion):
-                    self._generation = None
-                    if ended is not None:
-                        raise self._reason(ended) from ended
-                    return
-                yield ended
+            yield from generation.completions(self._client)
+        except Exception as error:
+            raise self._reason(error) from error
         finally:
-            if self._generation is not None:
-                self.abort()
-                while isinstance(generation.ended.get(), Completion):
-                    continue
-                self._generation = None
+            self._generation = None
+
+    def admit(self) -> None:
+        """Let the server take requests that this engine does not send itself (fleet.py): close what a transaction left open.
+
+        Raises: EngineDiedError.
+        """
+        self._command("generate", self._weights.pause())
 
     def _reason(self, error: Exception) -> Exception:
         """What a failed generation is to its caller."""
         if isinstance(error, ServerStalledError):
-            self.server.kill(str(error))
+            self.server.kill(f"{error} and was killed")
             return self._died()
         if isinstance(error, ServerGoneError):
             return self._died()

@@ -5,13 +5,14 @@
 
 import asyncio
 import concurrent.futures
+import copy
 import json
 import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 
@@ -29,14 +30,21 @@ class SGLangClient:
     """Commands may come from any thread but the client's own."""
 
     def __init__(self, url: str) -> None:
+        self._url, self._who = url, "SGLang"
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="sglang-client")
         self._thread.start()
         # Deadlines are the callers': a response may take hours to begin.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._http = httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False)
+        self._http = httpx.AsyncClient(timeout=None, limits=limits, trust_env=False)
         self.num_commands = self.num_running = 0  # commands sent, and those of them that are not answered yet
         self._finalizer = weakref.finalize(self, _close, self._loop, self._thread, self._http, os.getpid())
+
+    def at(self, url: str, who: str = "SGLang") -> Self:
+        """A client of another server in the same thread, closed with this one. `who` answers, as errors say it."""
+        other = copy.copy(self)
+        other._url, other._who = url, who
+        return other
 
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Run in the client's thread."""
@@ -60,11 +68,11 @@ class SGLangClient:
 
     async def _request(self, method: str, path: str, fields: Mapping[str, Any] | None) -> Any:
         try:
-            answer = await self._http.request(method, path, json=fields)
+            answer = await self._http.request(method, self._url + path, json=fields)
         except httpx.TransportError as error:
             raise ServerGoneError(f"{path}: {error!r}") from error
         if answer.status_code != 200:
-            raise RuntimeError(f"SGLang answered {path} with {answer.status_code}: {answer.text[:_ERROR_CHARS]}")
+            raise RuntimeError(f"{self._who} answered {path} with {answer.status_code}: {answer.text[:_ERROR_CHARS]}")
         with suppress(ValueError):
             return answer.json()
         return answer.text
@@ -72,10 +80,10 @@ class SGLangClient:
     async def stream(self, **fields: Any) -> AsyncIterator[dict[str, Any]]:
         """POST /generate, and each of its server-sent events. Raises: as `call`."""
         try:
-            async with self._http.stream("POST", "/generate", json=fields | {"stream": True}) as answer:
+            async with self._http.stream("POST", f"{self._url}/generate", json=fields | {"stream": True}) as answer:
                 if answer.status_code != 200:
                     text = (await answer.aread()).decode(errors="replace")
-                    raise RuntimeError(f"SGLang answered /generate with {answer.status_code}: {text[:_ERROR_CHARS]}")
+                    raise RuntimeError(f"{self._who} answered /generate with {answer.status_code}: {text[:_ERROR_CHARS]}")
                 left = b""
                 async for part in answer.aiter_bytes():
                     *events, left = (left + part).split(b"\n\n")

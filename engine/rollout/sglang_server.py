@@ -3,6 +3,7 @@
 Nothing of the trainer's environment reaches it but a link to `tandem.engine`, from which its processes run the receiver of the weights.
 """
 
+import errno
 import json
 import os
 import signal
@@ -58,6 +59,7 @@ class ServerSetup:
     num_threads: int = 1  # of each of the tp processes, on a CPU
     node_rank: int = 0  # of the leader among its node's ranks, each of which has a GPU: on GPUs node_rank to node_rank + tp - 1
     on_gpu: bool = False
+    host: str = "127.0.0.1"  # address that it listens on
     log_path: Path | None = None  # where the server's output is appended; None: a temporary file
 
 
@@ -78,7 +80,7 @@ class SGLangServer:
     def start(self) -> None:
         """Start the guard (sglang_guard.py), which starts the server with weights of no meaning."""
         first = self.setup.config.port
-        self.port = _free_port(None if first is None else first + self.setup.node_rank)
+        self.port = free_port(None if first is None else first + self.setup.node_rank, self.setup.host)
         self.is_healthy = False
         folder = Path(tempfile.mkdtemp(prefix="tandem-sglang-"))  # a short path: SGLang's sockets are in it
         _fill(folder, self.setup)
@@ -105,7 +107,7 @@ class SGLangServer:
             "model-path": folder / "model",
             "load-format": "dummy",
             "dtype": setup.dtype,
-            "host": "127.0.0.1",
+            "host": setup.host,
             "port": self.port,
             "tp-size": setup.tp,
             "context-length": context_length,
@@ -142,7 +144,7 @@ class SGLangServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://[{self.setup.host}]:{self.port}" if ":" in self.setup.host else f"http://{self.setup.host}:{self.port}"
 
     @property
     def name(self) -> str:
@@ -239,13 +241,15 @@ def _fill(folder: Path, setup: ServerSetup) -> None:
         (plugin / "entry_points.txt").write_text("[sglang.srt.plugins]\ntandem_cpu = tandem_sglang_cpu:load\n")
 
 
-def _free_port(wanted: int | None) -> int:
+def free_port(wanted: int | None, host: str = "127.0.0.1") -> int:
     """The wanted port, or any that is free. Raises: ValueError if the wanted one is in use."""
-    with socket.socket() as listener:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(("127.0.0.1", 0 if wanted is None else wanted))
+            listener.bind((host, 0 if wanted is None else wanted))
         except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise ValueError(f"{host} is no address that this machine can listen on ({error}); give one of its own") from error
             origin = "it is rollout.sglang.port plus the leader's rank on its node"
             raise ValueError(f"port {wanted} is in use ({error}); {origin}: choose another, or None for any") from error
         return listener.getsockname()[1]
