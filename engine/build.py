@@ -10,9 +10,11 @@ from typing import Any, NoReturn
 
 from tandem.engine.architecture import Architecture
 from tandem.engine.checkpoint.disk import load_latest
+from tandem.engine.checkpoint.engine_side import EngineSide
 from tandem.engine.checkpoint.hf_folder import load_hf_weights, read_stop_token_ids
 from tandem.engine.checkpoint.save import CheckpointSaver
 from tandem.engine.checkpoint.swap import WeightSwap
+from tandem.engine.checkpoint.turns import Turns
 from tandem.engine.data.journal import SegmentJournal
 from tandem.engine.data.prompts import encode_prompt, load_prompts
 from tandem.engine.data.replay import ReplayBuffer
@@ -28,6 +30,7 @@ from tandem.engine.generation import Generation
 from tandem.engine.hf_config import hf_config_of
 from tandem.engine.log import METRICS_FILE, read_metrics
 from tandem.engine.mesh_rules import kv_heads_in_attention, splits_heads
+from tandem.engine.resident import MemoryMeter
 from tandem.engine.reward.bubblewrap import UnavailableError
 from tandem.engine.reward.domains import DOMAINS
 from tandem.engine.reward.grading_stats import RewardAlarm
@@ -90,6 +93,15 @@ class Parts:
             except UnavailableError as error:
                 raise RunEnded(f"the prompts need a sandbox: {error}; or name one elsewhere by reward.sandbox_url") from error
 
+        meter, budget_bytes = MemoryMeter(on_gpu=bool(run.hardware.gpus)), config.swap.sleep_budget_bytes
+        self.engine = self._start_engine(hf_config, stack) if run.is_leader else None
+        side = None
+        if isinstance(self.engine, SGLangEngine):
+            side = EngineSide(self.engine, budget_bytes=budget_bytes, measure=meter.read, log=run.log)
+        if run.hardware.gpus and config.trainer.sleep == "on":
+            if side is not None:
+                side.release()  # once it has started: it sizes its cache by what it finds free, so before there is a trainer
+            run.barrier()
         self.mesh = build_mesh(config.mesh, hf_config)
         stack.callback(destroy_mesh)
         self.trainer = MegatronTrainer(
@@ -103,8 +115,7 @@ class Parts:
         if config.model.path is not None:
             load_hf_weights(Path(config.model.path), self.trainer)
 
-        self.engine = self._start_engine(hf_config, stack) if run.is_leader else None
-        self.weights = WeightSwap(
+        swap = WeightSwap(
             self.trainer,
             self.engine,
             config.swap,
@@ -112,7 +123,18 @@ class Parts:
             log=run.log,
             revive=lambda: self.generation.replace_dead_engine("in a swap"),
         )
-        stack.callback(self.weights.close)
+        stack.callback(swap.close)
+        meter.trainer = self.trainer.memory
+        self.weights = Turns(
+            swap,
+            self.trainer.memory,
+            side,
+            sleeps=config.trainer.sleep == "on",
+            budget_bytes=budget_bytes,
+            measure=meter.read,
+            gather=run.gather,
+            log=run.log,
+        )
         self.sampler = PromptSampler(config.sampling, prompts, seed=config.seed) if run.rank == 0 else None
         (run.dir / "replay").mkdir(exist_ok=True)
         self.buffer = ReplayBuffer(run.dir / "replay" / f"rank_{run.rank}.sqlite")
@@ -164,9 +186,14 @@ class Parts:
         if config.mesh.cp > 1 and config.trainer.cp_attention == "auto":
             architecture = Architecture.from_hf(hf_config_of(run.config.model, self.tokenizer))
             attention = "ulysses" if splits_heads("auto", config.mesh, architecture) else "all_gather"
-            run.resolve(trainer=dataclasses.replace(config.trainer, cp_attention=attention))
+            run.resolve(trainer=dataclasses.replace(run.config.trainer, cp_attention=attention))
             num_heads, num_ranks = kv_heads_in_attention(architecture), config.mesh.tp * config.mesh.cp
             say(f"trainer.cp_attention is {attention}: {num_heads} key/value heads on tp * cp = {num_ranks} ranks.")
+        if config.trainer.sleep == "auto":
+            shares_gpus = bool(run.hardware.gpus) and config.rollout.engine == "sglang"
+            run.resolve(trainer=dataclasses.replace(run.config.trainer, sleep="on" if shares_gpus else "off"))
+            if shares_gpus:
+                say("trainer.sleep is on: trainer and SGLang share GPUs, and leave them to each other in turns.")
 
     def _data_files(self) -> tuple[Path, Path | None, Path]:
         """Prompts, held-out prompts and supervised examples: the user's files, or those of the task, written into the run folder."""

@@ -241,11 +241,15 @@ class SwapConfig:
     """Size of one bucket in a GPU's memory, in bytes. Each GPU has four."""
     timeout_s: float = 300.0
     """Deadline of every wait during a swap, in seconds."""
+    sleep_budget_bytes: int = 2 << 30
+    """What the sleeping side, trainer or engine, may keep of a GPU, in bytes: contexts of CUDA and buffers of NCCL, for the most part.
+    More is an error. Without a GPU only the trainer's tensors count."""
 
     def __post_init__(self) -> None:
         check(self.bucket_bytes >= 4096, "swap.bucket_bytes", self.bucket_bytes, "it must be at least 4096")
         check(self.device_bucket_bytes >= 4096, "swap.device_bucket_bytes", self.device_bucket_bytes, "it must be at least 4096")
         check(self.timeout_s > 0, "swap.timeout_s", self.timeout_s, "it must be positive")
+        check(self.sleep_budget_bytes >= 0, "swap.sleep_budget_bytes", self.sleep_budget_bytes, "it must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from tandem.engine.checkpoint.swap import WeightSwap
+from tandem.engine.checkpoint.turns import Turns
 from tandem.engine.data.journal import SegmentJournal, SegmentKey, segment_digest, settings_digest
 from tandem.engine.elastic import Roster
 from tandem.engine.rollout.budget import generate_groups, sample_seed
@@ -36,7 +36,7 @@ class Generation:
         run: Run,
         engine: RolloutEngine | None,
         journal: SegmentJournal,
-        weights: WeightSwap,
+        weights: Turns,
         *,
         stop_token_ids: Sequence[int],
         leave: Callable[[int], None],

@@ -158,6 +158,10 @@ class TrainerConfig:
     """Optimizer steps on the responses of one iteration (not given in the paper)."""
     reset_optimizer: bool = True
     """Start every iteration with a fresh optimizer, as the paper does."""
+    sleep: Literal["auto", "on", "off"] = "auto"
+    """Whether optimizer state, gradients and parameters leave the device while the rollout engines have it: into as much host memory as
+    optimizer state and parameters take. With it the engines release memory too (rollout.sglang.release); off: both sides keep what they
+    have. auto: on where trainer and engines share GPUs."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is NaN or infinite: end the run, or leave the update out and count it."""
     max_nonfinite_skips: int = 10

@@ -40,6 +40,9 @@ class SGLangConfig:
     """Tokens that the KV cache holds. None: what memory_fraction leaves on a GPU; on a CPU max_batch contexts."""
     memory_fraction: float = 0.8
     """Share of a GPU's memory for SGLang's weights and KV cache, while it has the GPU."""
+    release: Literal["auto", "all", "kv_cache", "nothing"] = "auto"
+    """What a server gives up of its GPU while the trainer has it: cache, CUDA graphs and weights (all), or the cache alone. Weights are
+    lost by it, and sent again by the next swap, which moves all of them anyway. auto: all on a GPU, nothing on a CPU."""
     attention_backend: str | None = None
     """SGLang's --attention-backend. None: its own choice on a GPU, torch_native on a CPU."""
     seed_sampling: bool = True

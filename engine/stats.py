@@ -6,6 +6,7 @@ from typing import Any
 
 from tandem.engine.build import Parts
 from tandem.engine.deal import DealtBatch
+from tandem.engine.resident import memory_metrics
 from tandem.engine.reward.grading_stats import grading_metrics
 from tandem.engine.run import Run
 from tandem.engine.types import Group, StopState, Tokenizer
@@ -32,6 +33,7 @@ def finish_step(run: Run, parts: Parts, step: int, groups: Sequence[Group], batc
             run.log.say(f"Reward alarm in iteration {step}: {warning}.")
         metrics["rollout/new_tokens"] = run.sum(parts.generation.num_tokens)
         num_reused = run.sum(parts.generation.num_reused)
+        metrics |= memory_metrics(run.gather(parts.weights.take_memory()))
         metrics["length_penalty/weight"] = run.config.length_penalty.weight_at(step)
     seconds = run.log.phase_seconds()
     compute_s = sum(seconds.get(name, 0.0) for name in COMPUTE_PHASES)

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m tandem.engine.train toy_cpu [--field value]
 
-Every rank runs `train()`. In the `serving` block the machine belongs to the rollout engine; outside it belongs to Megatron.
+Every rank runs `train()`. In the outer `serving` block the machine belongs to the rollout engine; outside it belongs to Megatron.
 """
 
 import sys
@@ -35,19 +35,19 @@ def train(config: RunConfig) -> None:
             parts.begin_iteration(step)
             with weights.serving(policy_version=step):
                 held_out = evaluate(run, parts, step)
-            while run.sum(buffer.num_scored) < config.replay.groups_per_update:
-                with weights.serving(policy_version=step), phase("rollout"):  # moves nothing unless an engine was replaced
-                    groups = buffer.pop_partial()  # cut by the token budget last time
-                    groups += run.draw(sampler, groups, step=step)
-                    for group in parts.generation.generate(groups, step, token_budget=run.share(config.rollout.token_budget)):
-                        with phase("grade"):  # in the background, while the engine goes on generating
-                            if group.is_finished:
-                                judge.submit(group)
-                            else:
-                                buffer.push_partial([group])
-                            buffer.push_scored(judge.take_scored())
-                with phase("grade"):
-                    buffer.push_scored(parts.finish_grading(step))
+                while run.sum(buffer.num_scored) < config.replay.groups_per_update:
+                    with weights.serving(policy_version=step), phase("rollout"):  # moves nothing unless an engine was replaced
+                        groups = buffer.pop_partial()  # cut by the token budget last time
+                        groups += run.draw(sampler, groups, step=step)
+                        for group in parts.generation.generate(groups, step, token_budget=run.share(config.rollout.token_budget)):
+                            with phase("grade"):  # in the background, while the engine goes on generating
+                                if group.is_finished:
+                                    judge.submit(group)
+                                else:
+                                    buffer.push_partial([group])
+                                buffer.push_scored(judge.take_scored())
+                    with phase("grade"):
+                        buffer.push_scored(parts.finish_grading(step))
             with phase("pack"):
                 groups = buffer.pop_scored()
                 run.observe(sampler, groups)  # success rates steer the next draw

@@ -33,7 +33,7 @@ SHORT = dataclasses.replace(
     num_test=12,
 )
 # What depends on the clock, and what depends on it.
-TIMED = ("time", "step_s", "phase_s/", "overhead_fraction", "tokens_per_s", "latency_s")
+TIMED = ("time", "step_s", "phase_s/", "overhead_fraction", "tokens_per_s", "latency_s", "memory/")
 
 
 def faulty_run(run_dir: Path, **changes: Any) -> RunConfig:

@@ -17,6 +17,7 @@ import pytest
 
 from tandem.engine.config import SwapConfig
 from tandem.engine.data.journal import SegmentJournal
+from tandem.engine.log import read_metrics
 from tandem.engine.trace import read_part
 from tests import moments
 from tests.faults import STEPS, faulty_run, outcome
@@ -272,6 +273,31 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on_as_if_nothing_had_been(
     ended, wanted = outcome(run_dir), dict(undisturbed)
     # More checkpoints were made, so more of what was consumed is pruned.
     for result in (ended, wanted):
+        del result["checkpoints"]
+        result["buffers"] = [[row for row in rows if row[2] is None or row[2] == STEPS - 1] for rows in result["buffers"]]
+    assert ended == wanted
+
+
+def test_a_trainer_that_sleeps_while_engines_serve_changes_nothing_and_sigterm_finds_it_whole(
+    run_dir: Path, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    """Optimizer state, gradients and parameters leave in every iteration, and the checkpoint is written while they are away."""
+    sleeps = dataclasses.replace(faulty_run(run_dir).trainer, sleep="on")
+    changes: dict[str, Any] = {"trainer": sleeps, "swap": SwapConfig(sleep_budget_bytes=0)}
+    moment = at("rollout", moments.stop, 0, num_passed=2, num_calls=2000)
+    launched = Launched(faulty_run(run_dir, **changes), tmp_path / "stopped", prepare=moment)
+    assert launched.wait_until_stopped(0, LAUNCH_S), launched.output()
+    for rank in (0, 1):
+        launched.signal(rank, signal.SIGTERM)
+    launched.signal(0, signal.SIGCONT)
+    assert launched.wait(END_S) == [143, 143], launched.output()
+    finish(run_dir, tmp_path / "resumed", **changes)
+    for line in (line for line in read_metrics(run_dir) if "train/loss" in line):
+        assert line["memory/train/trainer_bytes"] > 0
+        assert line["memory/serve/trainer_bytes"] == 0
+        assert line["memory/serve/arena_bytes"] > 0
+    ended, wanted = outcome(run_dir), dict(undisturbed)
+    for result in (ended, wanted):  # a checkpoint more was made, so more of what was consumed is pruned
         del result["checkpoints"]
         result["buffers"] = [[row for row in rows if row[2] is None or row[2] == STEPS - 1] for rows in result["buffers"]]
     assert ended == wanted

@@ -20,7 +20,10 @@ def test_two_iterations_with_sglang_train_on_logprobs_that_are_the_trainers(tmp_
     need_sglang()
     before, shared_before = server_processes(), set(os.listdir("/dev/shm"))
     config = small_toy(tmp_path / "run", steps=2)
-    rollout = RolloutConfig(engine="sglang", max_response_tokens=48, max_batch=32, sglang=SGLangConfig(start_timeout_s=600))
+    # In turns, as on a GPU: the trainer's state leaves, and the servers are told to release memory, weights too.
+    sglang = SGLangConfig(start_timeout_s=600, release="all")
+    rollout = RolloutConfig(engine="sglang", max_response_tokens=48, max_batch=32, sglang=sglang)
+    config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, sleep="on"))
     warm_start = (dataclasses.replace(config.sft[0], steps=100),)
     run_ranks(train, 2, dataclasses.replace(config, rollout=rollout, sft=warm_start), timeout_s=1200)
     steps = steps_of(tmp_path / "run")
@@ -29,6 +32,7 @@ def test_two_iterations_with_sglang_train_on_logprobs_that_are_the_trainers(tmp_
         # Two float32 implementations that add in a different order: the project's bound on train against rollout.
         assert step["train/logprob_diff_max"] <= 1e-5
         assert step["rollout/new_tokens"] > 0
+        assert step["memory/serve/trainer_bytes"] == 0 < step["memory/train/trainer_bytes"]
     assert server_processes() <= before
     assert set(os.listdir("/dev/shm")) <= shared_before
 

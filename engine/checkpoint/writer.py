@@ -1,9 +1,11 @@
 """What one rank does for each bucket in host memory: the copies from its live parameters, prepared once from the plan."""
 
+import ctypes
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from tandem.engine.buckets import NUM_SLOTS, Region, SharedBuckets
@@ -147,8 +149,13 @@ def _is_plain(destination: torch.Tensor, source: torch.Tensor) -> bool:
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    """The tensor's bytes, kept alive with it."""
-    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+    """The tensor's bytes, kept alive with it.
+
+    By address: a storage that was handed to NumPy can never shrink again, as a trainer's do that sleeps.
+    """
+    found = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    found.tensor = tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return np.frombuffer(memoryview(found), dtype=np.uint8).data
 
 
 def in_slot(slot: torch.Tensor, entry: Entry, region: Region, meta: TensorMeta) -> torch.Tensor:

@@ -20,6 +20,7 @@ from tandem.engine.rollout.sglang_client import ServerGoneError, SGLangClient
 from tandem.engine.rollout.sglang_generation import Generation
 from tandem.engine.rollout.sglang_health import watch
 from tandem.engine.rollout.sglang_members import Member, ServerStalledError
+from tandem.engine.rollout.sglang_memory import WEIGHTS, ServerMemory, parts_of
 from tandem.engine.rollout.sglang_server import SGLangServer
 from tandem.engine.rollout.sglang_weights import UnknownWeightsError, WeightCommands
 from tandem.engine.rollout.weights import DTYPES
@@ -82,6 +83,7 @@ class SGLangEngine:
         server = self.server
         self._client = SGLangClient(server.url)
         self._weights = WeightCommands(self._client, server.version, server.setup.tp, self._architecture, DTYPES[server.setup.dtype])
+        self._memory = ServerMemory(self._client, self._weights, timeout_s=self._timeout_s)
         self._policy_version = self._prepared = -1
         self._digest: str | None = None  # of the committed weights, once somebody asked
         self._stream: BucketStream | None = None
@@ -202,6 +204,26 @@ class SGLangEngine:
     def rollback(self) -> None:
         """See `WeightSink.rollback`."""
         self._command("rollback", self._weights.rollback())
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What of its memory it releases between two turns, in this order (sglang_memory.py)."""
+        return parts_of(self._config.sglang.release, on_gpu=self.server.setup.on_gpu)
+
+    @property
+    def released(self) -> frozenset[str]:
+        """Parts that the server has released and not resumed."""
+        return frozenset(self._memory.released)
+
+    def release(self, part: str) -> None:
+        """Give up a part of the server's memory. Without its weights it has no policy version. Raises: EngineDiedError."""
+        if part == WEIGHTS:
+            self._policy_version, self._digest = -1, None
+        self._command("release", self._memory.release(part))
+
+    def resume(self, part: str) -> None:
+        """Take a part back. Weights come back without meaning. Raises: EngineDiedError."""
+        self._command("resume", self._memory.resume(part))
 
     def wait_until_ready(self) -> None:
         """See `RolloutEngine.wait_until_ready`."""

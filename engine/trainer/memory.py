@@ -74,6 +74,11 @@ class TrainerMemory:
         if self._gone or self._copied is not None:
             return
         self._storages = self._find()
+        if not all(storage.resizable() for storages in self._storages.values() for storage in storages):
+            raise RuntimeError(
+                "the trainer cannot sleep: a tensor of its state was given to NumPy, and torch never lets go of such memory; copy it first "
+                "(tensor.clone().numpy())"
+            )
         self._make_arena()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # whatever still reads them, on whichever stream
