@@ -96,8 +96,9 @@ class Parts:
         meter, budget_bytes = MemoryMeter(on_gpu=bool(run.hardware.gpus)), config.swap.sleep_budget_bytes
         self.engine = self._start_engine(hf_config, stack) if run.is_leader else None
         side = None
-        if isinstance(self.engine, SGLangEngine):
-            side = EngineSide(self.engine, budget_bytes=budget_bytes, measure=meter.read, log=run.log)
+        local = self.engine.local if isinstance(self.engine, FleetEngine) else self.engine
+        if isinstance(local, SGLangEngine):
+            side = EngineSide(local, budget_bytes=budget_bytes, measure=meter.read, log=run.log)
         if run.hardware.gpus and config.trainer.sleep == "on":
             if side is not None:
                 side.release()  # once it has started: it sizes its cache by what it finds free, so before there is a trainer

@@ -8,6 +8,7 @@ import pytest
 
 from tandem.engine.config import (
     DataConfig,
+    ElasticConfig,
     LossConfig,
     MeshConfig,
     ModelConfig,
@@ -28,6 +29,8 @@ from tandem.engine.config import (
     [
         (lambda: RunConfig(name="x", seed=-1), "seed is -1; it must not be negative"),
         (lambda: RunConfig(name="x", steps=-1), "steps is -1; it must not be negative"),
+        (lambda: RolloutConfig(elastic=ElasticConfig(enabled=True)), "rollout.elastic.enabled is True; it needs rollout.engine=sglang"),
+        (lambda: ElasticConfig(timeout_s=0.0), "rollout.elastic.timeout_s is 0.0; it must be positive"),
         (lambda: RunConfig(name="x", timeout_s=0.0), "timeout_s is 0.0; it must be positive"),
         (
             lambda: RewardConfig(over_budget_penalty=-1.0),

@@ -67,6 +67,11 @@ class FleetEngine:
     # ---- who takes part
 
     @property
+    def local(self) -> SGLangEngine:
+        """The leader's own, whose memory the trainer shares."""
+        return self._local
+
+    @property
     def sglang(self) -> str:
         """The version of SGLang that all must have."""
         return self._local.server.version.text
@@ -105,8 +110,9 @@ class FleetEngine:
 
     @property
     def policy_version(self) -> int:
-        """The version that is served; -1 before the first."""
-        return self._policy_version
+        """The version that is served; -1 before the first, and once the local server has released its weights."""
+        has_released = self._local_serves and self._local.policy_version != self._policy_version
+        return -1 if has_released else self._policy_version
 
     @property
     def weights_digest(self) -> str | None:
@@ -125,12 +131,12 @@ class FleetEngine:
             token_budget,
             context_length=self._context_length,
             vocab_size=self._architecture.vocab_size,
-            policy_version=self._policy_version,
+            policy_version=self.policy_version,
             sees_images=True,
         )
         if self._generation is not None:
             raise RuntimeError("generate while the fleet generates; finish or close the generation first")
-        if self._policy_version < 0:
+        if self.policy_version < 0:
             raise RuntimeError("the fleet has no weights; commit a version first")
         return self._generate(tuple(requests), token_budget)
 
@@ -165,6 +171,8 @@ class FleetEngine:
             raise self._reason(error) from error
         finally:
             self._generation = None
+            if self._reviver is not None and self._local.server.setup.on_gpu:
+                self._reviver.join()  # the trainer has the GPU next: nothing may be starting on it
         took_part = [member for member in generation.members if member.num_tokens]
         if len(took_part) > 1:
             self._say("tokens from " + ", ".join(f"{member.name}: {member.num_tokens}" for member in took_part))

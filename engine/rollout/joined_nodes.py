@@ -154,6 +154,7 @@ class JoinedNodes:
             if self._assigned.get(node.name) != node:
                 return
             self._serving[node.name] = node
+            self._failures.pop(node.start, None)
             is_new = node.start not in self._watched
             self._watched.add(node.start)
         if is_new:

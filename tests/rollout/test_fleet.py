@@ -61,12 +61,11 @@ def fleet_of(local: SGLangEngine, model: PreTrainedModel, said: list[str]) -> Fl
 
 
 def some_requests(num: int) -> list[GenerationRequest]:
-    """A short one first; then greedy and sampled ones, more than a server takes at a time."""
+    """A short one first; then more than a server takes at a time. All sampled: SGLang draws otherwise where some of a batch are greedy."""
     requests = [GenerationRequest(request_id="short", token_ids=(1,), num_prefix_tokens=0, max_new_tokens=1, seed=0)]
     for i in range(num):
         prompt = tuple((i * j) % VOCAB_SIZE for j in range(1, 2 + i % 20))
-        temperature = 0.0 if i % 2 else None
-        fields: dict[str, Any] = {"token_ids": prompt, "num_prefix_tokens": 0, "max_new_tokens": 20 + i % 40, "temperature": temperature}
+        fields: dict[str, Any] = {"token_ids": prompt, "num_prefix_tokens": 0, "max_new_tokens": 20 + i % 40}
         requests.append(GenerationRequest(request_id=str(i), seed=i, **fields))
     return requests
 
