@@ -1,20 +1,64 @@
-"""The child's side of a swap: versions of the weights arrive in transactions, each byte verified, and are exchanged at `commit`."""
+"""The engine's side of a swap: versions of the weights arrive in transactions, each byte verified, and are exchanged at `commit`."""
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import xxhash
 
 from tandem.engine.architecture import Architecture
-from tandem.engine.buckets import CHECKSUMMED, FAILED, LOADED, NUM_SLOTS, BucketSlice, BucketStream, PeerFailed, SharedBuckets
+from tandem.engine.buckets import (
+    CHECKSUMMED,
+    LOADED,
+    NUM_SLOTS,
+    BucketSlice,
+    BucketStream,
+    PeerFailed,
+    SharedBuckets,
+)
 from tandem.engine.rollout.weights import ModelWeights, tensor_metas
 from tandem.engine.types import BucketEntry, TensorMeta, WeightTransferError
 
 _MAX_MAPPINGS = 16  # of buckets; a sender has a few, and a restarted one brings new files
 
 Move = tuple[memoryview, memoryview]  # (destination, source) of one slice
+
+
+class OpenStream:
+    """A stream with its memory mapped."""
+
+    def __init__(self, stream: BucketStream) -> None:
+        self.stream = stream
+        self.shared = SharedBuckets(stream.ranks, stream.pids, stream.bucket_bytes, stream.max_entries, stream.handle)
+
+    def take_over(self, load: Callable[[int, list[int]], tuple[int, str] | None], swap: int, first_ticket: int) -> None:
+        """Let `load(number, checksums)` copy and verify every bucket as it comes. Where that fails, the ranks see it at once.
+
+        `load` returns the index of an entry and what is wrong with it, None if nothing.
+        Raises: WeightTransferError naming bucket and tensor; PeerFailed if a rank, or another process of the engine, failed.
+        """
+        stream, shared, where = self.stream, self.shared, ""
+        try:
+            for number, bucket in enumerate(stream.buckets):
+                where = f"bucket {number} of {len(stream.buckets)}"
+                waited_for = f"write bucket {number}"
+                ticket, slot = first_ticket + number, number % NUM_SLOTS
+                shared.wait(stream.ranks, CHECKSUMMED, ticket, swap=swap, timeout_s=stream.timeout_s, waited_for=waited_for)
+                wrong = load(number, shared.checksums[slot, : len(bucket)].tolist())
+                if wrong is not None:
+                    part = bucket[wrong[0]]
+                    where = f"{where}, tensor {part.name}, bytes {part.tensor_start}:{part.tensor_start + part.num_bytes}"
+                    raise WeightTransferError(wrong[1])
+                shared.publish(stream.leader, LOADED + stream.process, ticket)
+        except PeerFailed:
+            raise
+        except Exception as error:
+            shared.fail(swap)
+            raise WeightTransferError(f"{where}: {error}") from error
+
+    def close(self) -> None:
+        self.shared.close()
 
 
 class WeightStore:
@@ -32,12 +76,13 @@ class WeightStore:
         self._receiving: ModelWeights | None = None
         self._received: dict[str, list[tuple[int, int]]] = {}  # name: byte ranges [start, end)
         self._failed = False
-        self._mappings = _Mappings()
-        self._stream: _OpenStream | None = None
+        self._mappings = Mappings()
+        self._stream: OpenStream | None = None
+        self._moves: list[tuple[ModelWeights, list[list[Move]]]] = []  # of the stream, for each of at most two copies
 
     def prepare(self, policy_version: int, tensors: Sequence[TensorMeta]) -> None:
         """Begin a transaction. Raises: WeightTransferError naming the tensor that is not the model's."""
-        _check_tensors(self._expected, tensors)
+        check_tensors(self._expected, tensors)
         self._begin(policy_version)
 
     def _begin(self, policy_version: int) -> ModelWeights:
@@ -57,14 +102,25 @@ class WeightStore:
         if stream is not None:
             if self._stream is not None:
                 self._stream.close()
-                self._stream = None
-            _check_tensors(self._expected, stream.tensors)
-            self._stream = _OpenStream(stream)
+                self._stream, self._moves = None, []
+            check_tensors(self._expected, stream.tensors)
+            self._stream = OpenStream(stream)
         assert self._stream is not None, "the first swap brings the stream"
         receiving = self._begin(policy_version)
         self._failed = True  # until every checksum held
-        self._stream.take_over(receiving, swap, first_ticket)
-        self._received = self._stream.covers
+        opened = self._stream
+
+        def load(number: int, checksums: list[int]) -> tuple[int, str] | None:
+            moves = self._moves_into(opened, receiving)[number]
+            for index, (move, checksum) in enumerate(zip(moves, checksums, strict=True)):
+                wrong = _move(move, checksum)
+                if wrong:
+                    return index, wrong
+            return None
+
+        opened.take_over(load, swap, first_ticket)
+        for part in (part for bucket in opened.stream.buckets for part in bucket):
+            self._received[part.name].append((part.tensor_start, part.tensor_start + part.num_bytes))
         self._failed = False
 
     def load(self, path: str, entries: Sequence[BucketEntry]) -> None:
@@ -80,18 +136,25 @@ class WeightStore:
             self._load_entry(path, bucket, self._receiving, entry)
         self._failed = False
 
+    def _moves_into(self, stream: OpenStream, weights: ModelWeights) -> list[list[Move]]:
+        for known, moves in self._moves:
+            if known is weights:
+                return moves
+
+        def move(number: int, part: BucketSlice) -> Move:
+            source = stream.shared.memories[number % NUM_SLOTS][part.bucket_start : part.bucket_start + part.num_bytes]
+            return weights.bytes[part.name][part.tensor_start : part.tensor_start + part.num_bytes], source
+
+        moves = [[move(number, part) for part in bucket] for number, bucket in enumerate(stream.stream.buckets)]
+        self._moves.append((weights, moves))
+        return moves
+
     def _load_entry(self, path: str, bucket: memoryview, receiving: ModelWeights, entry: BucketEntry) -> None:
-        end = entry.tensor_start + entry.num_bytes
         tensor = receiving.bytes.get(entry.name)
-        if tensor is None:
-            raise WeightTransferError(f"bucket {path}: tensor {entry.name} is not one of the model")
-        if entry.tensor_start < 0 or end > tensor.nbytes:
-            raise WeightTransferError(f"bucket {path}: bytes {entry.tensor_start}:{end} of tensor {entry.name}, which has {tensor.nbytes}")
-        if entry.num_bytes == 0:
+        source = source_of(path, bucket, entry, None if tensor is None else tensor.nbytes)
+        if tensor is None or not source:
             return
-        source = bucket[entry.bucket_start : entry.bucket_start + entry.num_bytes]
-        if len(source) < entry.num_bytes:
-            raise WeightTransferError(f"bucket {path} ends within tensor {entry.name}: {len(source)} of {entry.num_bytes} bytes")
+        end = entry.tensor_start + entry.num_bytes
         wrong = _move((tensor[entry.tensor_start : end], source), entry.checksum)
         if wrong:
             raise WeightTransferError(f"bucket {path}: tensor {entry.name}, bytes {entry.tensor_start}:{end}: {wrong}")
@@ -104,13 +167,8 @@ class WeightStore:
         if self._failed:
             raise WeightTransferError("commit after a bucket that failed; roll back")
         for name, tensor in self._receiving.named.items():
-            covered = 0
-            for start, end in sorted(self._received[name]):
-                if start > covered:
-                    break
-                covered = max(covered, end)
-            if covered < tensor.nbytes:
-                raise WeightTransferError(f"tensor {name} is incomplete: byte {covered} of {tensor.nbytes} never came")
+            for start, _ in gaps(self._received[name], tensor.nbytes):
+                raise incomplete(name, start, tensor.nbytes)
         self._receiving.finish()
         self._spare, self.serving, self._receiving = self.serving, self._receiving, None
         return self.serving.policy_version
@@ -125,65 +183,48 @@ class WeightStore:
             self._spare, self._receiving = self._receiving, None
 
 
-class _OpenStream:
-    """A stream with its memory mapped, and what to copy where for each of the two copies of the weights."""
-
-    def __init__(self, stream: BucketStream) -> None:
-        self._stream = stream
-        self._shared = SharedBuckets(stream.ranks, stream.pids, stream.bucket_bytes, stream.max_entries, stream.handle)
-        self._moves: list[tuple[ModelWeights, list[list[Move]]]] = []  # of at most two copies
-        self.covers: dict[str, list[tuple[int, int]]] = {meta.name: [] for meta in stream.tensors}
-        for bucket in stream.buckets:
-            for part in bucket:
-                self.covers[part.name].append((part.tensor_start, part.tensor_start + part.num_bytes))
-
-    def take_over(self, receiving: ModelWeights, swap: int, first_ticket: int) -> None:
-        """Copy and verify every bucket as it comes. Where that fails, the ranks see it at once."""
-        stream, shared, where = self._stream, self._shared, ""
-        try:
-            for number, moves in enumerate(self._moves_into(receiving)):
-                where = f"bucket {number} of {len(stream.buckets)}"
-                waited_for = f"write bucket {number}"
-                ticket, slot = first_ticket + number, number % NUM_SLOTS
-                shared.wait(stream.ranks, CHECKSUMMED, ticket, swap=swap, timeout_s=stream.timeout_s, waited_for=waited_for)
-                for index, (move, checksum) in enumerate(zip(moves, shared.checksums[slot, : len(moves)].tolist(), strict=True)):
-                    wrong = _move(move, checksum)
-                    if wrong:
-                        part = stream.buckets[number][index]
-                        where = f"{where}, tensor {part.name}, bytes {part.tensor_start}:{part.tensor_start + part.num_bytes}"
-                        raise WeightTransferError(wrong)
-                shared.publish(stream.leader, LOADED, ticket)
-        except PeerFailed:
-            raise
-        except Exception as error:
-            shared.publish(stream.leader, FAILED, swap)
-            raise WeightTransferError(f"{where}: {error}") from error
-
-    def _moves_into(self, weights: ModelWeights) -> list[list[Move]]:
-        for known, moves in self._moves:
-            if known is weights:
-                return moves
-        moves = [[self._move(weights, number % NUM_SLOTS, part) for part in bucket] for number, bucket in enumerate(self._stream.buckets)]
-        self._moves.append((weights, moves))
-        return moves
-
-    def _move(self, weights: ModelWeights, slot: int, part: BucketSlice) -> Move:
-        source = self._shared.memories[slot][part.bucket_start : part.bucket_start + part.num_bytes]
-        return weights.bytes[part.name][part.tensor_start : part.tensor_start + part.num_bytes], source
-
-    def close(self) -> None:
-        self._shared.close()
-
-
 def _move(move: Move, checksum: int) -> str:
-    """Copy, and return what is wrong with what arrived ("" if nothing)."""
+    """Copy, and verify what arrived."""
     target, source = move
     target[:] = source  # libc's copy: half the time of torch's and of preadv
-    arrived = xxhash.xxh3_64_intdigest(target)
+    return difference(target, checksum)
+
+
+def difference(memory: memoryview, checksum: int) -> str:
+    """What is wrong with what arrived ("" if nothing)."""
+    arrived = xxhash.xxh3_64_intdigest(memory)
     return "" if arrived == checksum else f"checksum {arrived:016x} arrived, {checksum:016x} was sent"
 
 
-class _Mappings:
+def source_of(path: str, bucket: memoryview, entry: BucketEntry, tensor_bytes: int | None) -> memoryview:
+    """The bytes of an entry. Raises: WeightTransferError if it does not lie in the bucket, or not in its tensor (None: there is none)."""
+    end = entry.tensor_start + entry.num_bytes
+    if tensor_bytes is None:
+        raise WeightTransferError(f"bucket {path}: tensor {entry.name} is not one of the model")
+    if entry.tensor_start < 0 or end > tensor_bytes:
+        raise WeightTransferError(f"bucket {path}: bytes {entry.tensor_start}:{end} of tensor {entry.name}, which has {tensor_bytes}")
+    source = bucket[entry.bucket_start : entry.bucket_start + entry.num_bytes]
+    if len(source) < entry.num_bytes:
+        raise WeightTransferError(f"bucket {path} ends within tensor {entry.name}: {len(source)} of {entry.num_bytes} bytes")
+    return source
+
+
+def gaps(received: Sequence[tuple[int, int]], num_bytes: int) -> Iterator[tuple[int, int]]:
+    """The byte ranges of [0, num_bytes) that no received one covers."""
+    covered = 0
+    for start, end in sorted(received):
+        if start > covered:
+            yield covered, start
+        covered = max(covered, end)
+    if covered < num_bytes:
+        yield covered, num_bytes
+
+
+def incomplete(name: str, byte: int, num_bytes: int) -> WeightTransferError:
+    return WeightTransferError(f"tensor {name} is incomplete: byte {byte} of {num_bytes} never came")
+
+
+class Mappings:
     """Buckets stay mapped between loads: filling page tables takes longer than copying."""
 
     def __init__(self) -> None:
@@ -212,7 +253,7 @@ class _Mappings:
             os.close(file)
 
 
-def _check_tensors(expected: dict[str, TensorMeta], tensors: Sequence[TensorMeta]) -> None:
+def check_tensors(expected: dict[str, TensorMeta], tensors: Sequence[TensorMeta]) -> None:
     got = {tensor.name for tensor in tensors}
     missing = [name for name in expected if name not in got]
     if missing:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from tandem.engine.architecture import Architecture
-from tandem.engine.buckets import BucketStream
+from tandem.engine.buckets import BucketStream, Region
 from tandem.engine.config import RolloutConfig
 from tandem.engine.rollout.requests import check_requests
 from tandem.engine.rollout.sglang_client import ServerGoneError, SGLangClient
@@ -75,8 +75,6 @@ class SGLangEngine:
         if config.record_routing and self._architecture.experts is None:
             raise ValueError(f"rollout.record_routing is True, but {self._architecture.model_type} has no experts; set it to False")
         self.server, self._config, self._stop_token_ids, self._timeout_s = server, config, stop_token_ids, timeout_s
-        if server.setup.tp == 1:  # the counters of a stream tell of one reader; several are handed one bucket after the other
-            self.receive = self._receive
         self._connect()
 
     def _connect(self) -> None:
@@ -86,7 +84,6 @@ class SGLangEngine:
         self._memory = ServerMemory(self._client, self._weights, timeout_s=self._timeout_s)
         self._policy_version = self._prepared = -1
         self._digest: str | None = None  # of the committed weights, once somebody asked
-        self._stream: BucketStream | None = None
         self._generation: Generation | None = None
         self._abort_lock = threading.Lock()
         self._is_watched = False
@@ -103,7 +100,7 @@ class SGLangEngine:
         Raises: RuntimeError when it is not known yet and a generation runs; EngineDiedError.
         """
         if self._digest is None and self._policy_version >= 0:
-            self._digest = self._command("digest", self._weights.run("digest"))
+            self._digest = self._command("digest", self._weights.digest())
         return self._digest if self._policy_version >= 0 else None
 
     @property
@@ -188,12 +185,19 @@ class SGLangEngine:
         """See `WeightSink.load`."""
         self._command("load", self._weights.run("load", shared_memory_path, tuple(entries)))
 
-    def _receive(self, stream: BucketStream, policy_version: int, *, swap: int, first_ticket: int) -> PendingReceive:
+    def wanted_regions(self) -> Sequence[Sequence[tuple[str, Region]] | None]:
+        """See `ShardedWeightSink.wanted_regions`. Waits for the server.
+
+        Raises: WeightTransferError if SGLang's model does not take the tensors; EngineDiedError.
+        """
+        return self._command("wanted", self._weights.run("wanted"))
+
+    def receive(self, stream: BucketStream, policy_version: int, *, swap: int, first_ticket: int) -> PendingReceive:
         """See `StreamingWeightSink.receive`. `commit` fails if anything of it failed."""
         self._check_idle("receive")
         self._wait_until_healthy()
         self._prepared = policy_version
-        return PendingReceive(self, self._client.submit(self._weights.run("receive", stream, policy_version, swap, first_ticket)))
+        return PendingReceive(self, self._client.submit(self._weights.receive(stream, policy_version, swap, first_ticket)))
 
     def commit(self) -> None:
         """See `WeightSink.commit`. Nothing computed with the old weights is kept. If it fails, the old ones serve, or the engine died."""

@@ -1,14 +1,13 @@
-"""Runs inside SGLang's processes: takes over weights as the embedded engine does, and gives them to SGLang's model at the commit.
+"""Runs inside SGLang's processes: takes over weights, and lets SGLang's model compute with them from the commit on.
 
 SGLang calls `serve` as a custom weight loader (`--custom-weight-loader`, its own extension point), once for each command of the client
 (sglang_weights.py). A command is a pickled pair in memory that the client shares, and the answer is written to the same memory: SGLang
 itself tells its callers nothing of what a loader found. Buckets never pass through HTTP.
 
-Versions are received into memory of their own and verified there, so the old weights serve until the commit. SGLang's parameters are
-then overwritten in place, and with the old version again if it does not take the new one.
+How SGLang's model loads is learned once (sglang_trace.py). Versions are then received into a spare of its parameters and verified there,
+so the old weights serve until the commit, which exchanges the two (sglang_store.py, sglang_spare.py).
 """
 
-import mmap
 import os
 import pickle
 import struct
@@ -19,10 +18,15 @@ from typing import Any
 import torch
 
 from tandem.engine.architecture import Architecture
-from tandem.engine.rollout.receive import WeightStore
+from tandem.engine.buckets import BucketStream
+from tandem.engine.rollout.sglang_spare import Holding, Parameters
+from tandem.engine.rollout.sglang_store import ParameterStore
+from tandem.engine.rollout.sglang_trace import trace_load
+from tandem.engine.rollout.sglang_whole import WholeTensors
+from tandem.engine.rollout.weights import tensor_metas
 from tandem.engine.types import WeightTransferError
 
-LENGTH = struct.Struct("<q")  # bytes that follow
+_LENGTH = struct.Struct("<q")  # bytes that follow
 
 
 def serve(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -32,13 +36,22 @@ def serve(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tenso
     try:
         if os.fstat(descriptor).st_uid != os.getuid():
             raise PermissionError(f"{path} is another user's; only this server's own client may send weights")
-        with mmap.mmap(descriptor, 0) as memory:
-            (length,) = LENGTH.unpack_from(memory)
-            command, arguments = pickle.loads(memory[LENGTH.size : LENGTH.size + length])
-            answer = pickle.dumps(_answer(model, command, arguments))
-            memory[: LENGTH.size + len(answer)] = LENGTH.pack(len(answer)) + answer
+        command, arguments = read_message(descriptor)
+        write_message(descriptor, _answer(model, command, arguments))
     finally:
         os.close(descriptor)
+
+
+def write_message(descriptor: int, content: Any) -> None:
+    """Leave a message in memory, in place of what lies there."""
+    message = pickle.dumps(content)
+    os.pwrite(descriptor, _LENGTH.pack(len(message)) + message, 0)
+
+
+def read_message(descriptor: int) -> Any:
+    """What was left there."""
+    (length,) = _LENGTH.unpack(os.pread(descriptor, _LENGTH.size, 0))
+    return pickle.loads(os.pread(descriptor, length, _LENGTH.size))
 
 
 def _answer(model: torch.nn.Module, command: str, arguments: Sequence[Any]) -> Any:
@@ -62,62 +75,70 @@ def _survives_pickling(error: Exception) -> bool:
 
 
 class Receiver:
-    """One process's weights: those of SGLang's model, and the versions on their way to it (receive.py)."""
+    """One process's weights. Process `index` of the server's tensor-parallel ones takes what its parameters need."""
 
-    def __init__(self, model: torch.nn.Module, architecture: Architecture, dtype: torch.dtype) -> None:
-        self._model = model
-        self._store = WeightStore(architecture, dtype)
+    def __init__(self, model: torch.nn.Module, architecture: Architecture, dtype: torch.dtype, index: int) -> None:
+        self._model, self._architecture, self._dtype, self._index = model, architecture, dtype, index
         self._committed = 0  # number of the commit that serves
-        self._knows_model = False  # whether every parameter of SGLang's is known to be among the tensors
+        self._store = self._make_store()
 
     def run(self, command: str, arguments: Sequence[Any]) -> Any:
-        """Any of `WeightSink`'s commands, or `receive`, `revert` and `digest`."""
+        """Any of `WeightSink`'s commands, or `receive`, `wanted`, `revert`, `settle` and `digest`."""
+        if command in ("prepare", "receive") and not self._store.is_current:
+            self._store = self._make_store()
         commands = {
+            "wanted": self._store.wanted,
             "prepare": self._store.prepare,
             "load": self._store.load,
-            "receive": self._store.receive,
+            "receive": self._receive,
             "commit": self._commit,
             "revert": self._revert,
+            "settle": self._store.settle,
             "rollback": self._store.rollback,
-            "digest": self._digest,
+            "digest": self._store.digest,
         }
         return commands[command](*arguments)
 
-    def _commit(self, number: int) -> None:
-        """Give the received version to SGLang. Raises: WeightTransferError if it is incomplete, or SGLang does not take it."""
-        self._store.commit()
+    def _make_store(self) -> ParameterStore | WholeTensors:
+        """Learn how the model loads. Raises: WeightTransferError naming a parameter that no tensor fills."""
+        tensors = tensor_metas(self._architecture, self._dtype)
         try:
-            self._give_to_model()
-        except Exception as error:
-            self._take_back()
-            raise WeightTransferError(f"SGLang's model does not take the weights ({error}); it has the old ones again") from error
+            trace = trace_load(self._model, tensors.values())
+        except WeightTransferError:
+            raise
+        except Exception as error:  # whatever load_weights does with tensors that have no memory
+            self._say(f"loads whole tensors at every commit, from two more copies of the model: {type(error).__name__}: {error}")
+            return WholeTensors(self._model, self._architecture, self._dtype)
+        holding = Holding.of(self._model, trace.targets)
+        parameters = Parameters(self._model, trace.targets, holding)
+        post_load = self._model.post_load_weights if trace.computes_more else None
+        taken = {copy.name for copy in trace.copies}
+        ignored = [name for name in tensors if name not in taken]
+        self._say(
+            f"{len(trace.copies)} copies fill {len(trace.targets)} parameters, {parameters.num_bytes / 2**20:.1f} MiB; the spare is "
+            f"{'kept' if holding.kept else 'there during a swap only'} and exchanged by {'pointer' if holding.by_pointer else 'content'}"
+            f"{', then post_load_weights runs' if post_load is not None else ''}; {len(ignored)} of {len(tensors)} tensors are not "
+            f"this process's{f', the first is {ignored[0]}' if ignored else ''}"
+        )
+        return ParameterStore(trace, parameters, tensors, post_load)  # pyright: ignore[reportArgumentType]
+
+    def _say(self, text: str) -> None:
+        print(f"Weights of {type(self._model).__name__}, process {self._index}: {text}", flush=True)  # to the server's log
+
+    def _receive(self, stream: BucketStream | None, policy_version: int, swap: int, first_ticket: int) -> None:
+        self._store.receive(stream if stream is None else stream.of_process(self._index), policy_version, swap, first_ticket)
+
+    def _commit(self, number: int) -> bool:
+        """Let the received version serve. Returns: whether memory is held that `settle` gives back.
+
+        Raises: WeightTransferError if it is incomplete, or SGLang does not take it.
+        """
+        self._store.commit()
         self._committed = number
+        return self._store.must_settle
 
     def _revert(self, number: int) -> None:
         """Undo commit `number`, if this process got so far: the version before it serves again, if there was one."""
         if self._committed == number:
-            self._take_back()
+            self._store.take_back()
             self._committed = 0
-
-    def _take_back(self) -> None:
-        self._store.take_back()
-        if self._store.serving is not None:
-            self._give_to_model()
-
-    def _digest(self) -> str | None:
-        return None if self._store.serving is None else self._store.serving.digest()
-
-    @torch.no_grad()
-    def _give_to_model(self) -> None:
-        serving = self._store.serving
-        assert serving is not None
-        if not self._knows_model:
-            for parameter in self._model.parameters():
-                parameter.fill_(torch.nan)
-        # SGLang fuses and shards the tensors as it does those of a checkpoint on disk.
-        self._model.load_weights(serving.named.items())  # pyright: ignore[reportCallIssue]
-        if not self._knows_model:
-            missing = [name for name, parameter in self._model.named_parameters() if parameter.isnan().any()]
-            if missing and not any(tensor.isnan().any() for tensor in serving.named.values()):
-                raise WeightTransferError(f"no tensor fills SGLang's parameter {missing[0]}")
-            self._knows_model = True

@@ -5,9 +5,8 @@ API asks for is an empty one, so nothing of it is ever shared through files.
 """
 
 import base64
-import mmap
+import hashlib
 import os
-import pickle
 from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler  # torch registers how its tensors are sent
 from typing import Any
@@ -15,13 +14,12 @@ from typing import Any
 import torch
 
 from tandem.engine.architecture import Architecture
+from tandem.engine.buckets import BucketStream, PeerFailed
 from tandem.engine.rollout.sglang_client import ServerGoneError, SGLangClient
-from tandem.engine.rollout.sglang_receiver import LENGTH
+from tandem.engine.rollout.sglang_receiver import read_message, write_message
 from tandem.engine.rollout.sglang_server import RECEIVER
 from tandem.engine.rollout.sglang_versions import SGLangVersion
 from tandem.engine.types import WeightTransferError
-
-_LEAST_BYTES = 1 << 20  # room for an answer, which is an error's text at most
 
 
 class UnknownWeightsError(RuntimeError):
@@ -35,17 +33,30 @@ class WeightCommands:
         self._client, self._version, self._tp = client, version, tp
         self._setup = architecture, dtype
         self._is_set_up = self._session_is_open = False
+        self._stream: BucketStream | None = None  # that the receivers know
         self._num_commits = 0  # the receivers of a commit that failed may have got its number or not
 
-    async def run(self, command: str, *arguments: Any) -> Any:
-        """What the first process answers. Raises: what a receiver raised; RuntimeError if SGLang refused; ServerGoneError."""
+    async def run(self, command: str, *arguments: Any) -> list[Any]:
+        """What each process answers. Raises: what a receiver raised; RuntimeError if SGLang refused; ServerGoneError."""
         if not self._session_is_open and self._version.has_update_sessions:
             await self._client.call("/begin_weight_update")
             self._session_is_open = True
         if not self._is_set_up:
-            await self._send("setup", self._setup)
+            await self._send("setup", [(*self._setup, index) for index in range(self._tp)])
             self._is_set_up = True
-        return await self._send(command, arguments)
+        return await self._send(command, [arguments] * self._tp)
+
+    async def receive(self, stream: BucketStream, policy_version: int, swap: int, first_ticket: int) -> None:
+        """Take over a whole version; see `StreamingWeightSink.receive`. A stream is described once, and known from then on."""
+        known = stream is self._stream
+        self._stream = None
+        await self.run("receive", None if known else stream, policy_version, swap, first_ticket)
+        self._stream = stream
+
+    async def digest(self) -> str:
+        """Of the weights that serve, from all processes: equal ones mean equal weights, among servers of as many processes."""
+        digests = await self.run("digest")
+        return digests[0] if self._tp == 1 else hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
 
     async def commit(self, policy_version: int, previous: int) -> None:
         """Flip every process to the prepared version, or none.
@@ -54,7 +65,7 @@ class WeightCommands:
         """
         self._num_commits += 1
         try:
-            await self.run("commit", self._num_commits)
+            must_settle = any(await self.run("commit", self._num_commits))
             await self._end(flush_cache=True)
             await self._label(policy_version)
         except ServerGoneError:
@@ -69,6 +80,9 @@ class WeightCommands:
             except Exception as second:
                 raise UnknownWeightsError(f"{error}; going back to version {previous} failed too: {second}") from error
             raise
+        if must_settle:
+            await self.run("settle")
+            await self._end(flush_cache=False)
 
     async def rollback(self) -> None:
         """Forget the transaction. What was computed with the serving weights stays."""
@@ -90,36 +104,29 @@ class WeightCommands:
         """What SGLang stamps on its responses."""
         await self._client.call("/update_weight_version", new_version=str(policy_version), abort_all_requests=False)
 
-    async def _send(self, command: str, arguments: Sequence[Any]) -> Any:
-        message = pickle.dumps((command, arguments))
-        size = LENGTH.size + max(len(message), _LEAST_BYTES)
+    async def _send(self, command: str, arguments: Sequence[Sequence[Any]]) -> list[Any]:
+        """The answers to a command, whose arguments are each process's own."""
         memories = [os.memfd_create("tandem-sglang", os.MFD_CLOEXEC) for _ in range(self._tp)]
         try:
-            for memory in memories:
-                os.ftruncate(memory, size)
-                os.pwrite(memory, LENGTH.pack(len(message)) + message, 0)
+            for memory, own in zip(memories, arguments, strict=True):
+                write_message(memory, (command, own))
             paths = [f"/proc/{os.getpid()}/fd/{memory}" for memory in memories]
             fields = {"load_format": RECEIVER, "flush_cache": False, "serialized_named_tensors": [_serialised(path) for path in paths]}
             await self._client.call("/update_weights_from_tensor", **fields)
-            answers = [_answer(memory, size) for memory in memories]
+            answers = [read_message(memory) for memory in memories]
         finally:
             for memory in memories:
                 os.close(memory)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers[0]
+        errors = [answer for answer in answers if isinstance(answer, Exception)]
+        if errors:  # that another process failed is no reason
+            raise min(errors, key=lambda error: isinstance(error, PeerFailed))
+        if any(isinstance(answer, tuple) for answer in answers):  # the command still lies there
+            raise WeightTransferError(
+                "SGLang accepted a command and did not carry it out; is another weight loader of the same name in use?"
+            )
+        return answers
 
 
 def _serialised(path: str) -> str:
     """A list of one tensor without elements, whose name is the path, as SGLang's own serialiser writes it."""
     return base64.b64encode(bytes(ForkingPickler.dumps([(path, torch.empty(0))]))).decode()
-
-
-def _answer(memory: int, size: int) -> Any:
-    with mmap.mmap(memory, size) as shared:
-        (length,) = LENGTH.unpack_from(shared)
-        answer = pickle.loads(shared[LENGTH.size : LENGTH.size + length])
-    if isinstance(answer, tuple):  # the command still lies there
-        raise WeightTransferError("SGLang accepted a command and did not carry it out; is another weight loader of the same name in use?")
-    return answer

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tandem.engine.buckets import StreamingWeightSink
+from tandem.engine.buckets import ShardedWeightSink
 from tandem.engine.config import RepetitionConfig, RolloutConfig, SGLangConfig
 from tandem.engine.rollout.sglang import SGLangEngine
 from tandem.engine.rollout.sglang_client import SGLangClient
@@ -236,7 +236,7 @@ def test_two_processes_share_a_model_and_flip_together(models: list[PreTrainedMo
     need_sglang()
     config, files = dataclasses.replace(CONFIG, tp=2), shared_files()
     with SGLangEngine(SGLangServer(setup_of(models[0], tp=2, log_path=tmp_path / "log")), config, stop_token_ids=()) as engine:
-        assert not isinstance(engine, StreamingWeightSink)
+        assert isinstance(engine, ShardedWeightSink)
         for version in range(3):
             serve(engine, models[version], policy_version=version)
             assert serves(engine, models[version], version)

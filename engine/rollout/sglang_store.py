@@ -1,0 +1,327 @@
+"""One SGLang process's side of a swap: verified bytes go from the buckets straight to the places of a spare of its parameters.
+
+Of every entry of a bucket that this process wants a part of, the checksum is of the whole: it is verified where the entry lies (an entry
+that is taken whole: where it arrived), and only then what is wanted is copied. An entry of which nothing is wanted is not read.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+import torch
+import xxhash
+
+from tandem.engine.buckets import NUM_SLOTS, BucketSlice, BucketStream, Region
+from tandem.engine.rollout.receive import Mappings, OpenStream, check_tensors, difference, gaps, incomplete, source_of
+from tandem.engine.rollout.sglang_spare import Parameters
+from tandem.engine.rollout.sglang_trace import Trace, TracedCopy
+from tandem.engine.rollout.strided import StridedCopy, View, box_of, normal, part_of, read_through, row_major
+from tandem.engine.types import BucketEntry, TensorMeta, WeightTransferError
+
+Memories = tuple[memoryview, torch.Tensor]  # a bucket, twice: its bytes in host memory, and what copies read, on the parameters' device
+
+
+@dataclass(slots=True)
+class EntryLoad:
+    """What becomes of one entry."""
+
+    source: memoryview
+    whole: memoryview | None  # where it goes, if that is one piece
+    plain: list[tuple[memoryview, memoryview]]
+    strided: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def run(self, checksum: int) -> str:
+        """Verify and copy. Returns what is wrong ("" if nothing)."""
+        if self.whole is not None:
+            self.whole[:] = self.source  # verified where it arrived, while it is in the cache
+            return difference(self.whole, checksum)
+        wrong = difference(self.source, checksum)
+        if not wrong:
+            for target, source in self.plain:
+                target[:] = source
+            for target, source in self.strided:
+                target.copy_(source)
+        return wrong
+
+
+class ParameterStore:
+    """Receives versions in transactions (`WeightSink`'s commands in SGLang's process).
+
+    Args:
+        trace: of `model.load_weights` for the tensors `expected`.
+        post_load: computes what the model derives from its parameters; None if it derives nothing.
+    """
+
+    def __init__(
+        self, trace: Trace, parameters: Parameters, expected: Mapping[str, TensorMeta], post_load: Callable[[], None] | None
+    ) -> None:
+        self._trace, self._parameters, self._expected, self._post_load = trace, parameters, dict(expected), post_load
+        self._copies: dict[str, list[TracedCopy]] = {name: [] for name in expected}
+        for copy in trace.copies:
+            self._copies[copy.name].append(copy)
+        self._normal = {copy: copy.copy for copy in trace.copies}
+        self._has_version = self._spare_has_version = False
+        self._is_open = self._failed = False
+        self._received: dict[str, list[tuple[int, int]]] = {}  # name: byte ranges [start, end)
+        self._mappings = Mappings()
+        self._stream: OpenStream | None = None
+        device = parameters.serving[0].device
+        self._staging = None if device.type == "cpu" else torch.empty(0, dtype=torch.uint8, device=device)
+        self._loads: dict[int, list[list[EntryLoad | None]]] = {}  # of the stream, by the spare that they fill
+        self._missing = ""  # what the stream does not bring
+
+    @property
+    def is_current(self) -> bool:
+        """Whether SGLang's parameters are still those that were traced."""
+        return self._parameters.are_in_place
+
+    @property
+    def must_settle(self) -> bool:
+        """Whether memory is held after a commit that `settle` gives back."""
+        return not self._parameters.holding.kept
+
+    def wanted(self) -> list[tuple[str, Region]]:
+        """The parts of the tensors that this process takes, in the order of the tensors."""
+        return [(name, box_of(copy.source, self._expected[name].shape)) for name, copies in self._copies.items() for copy in copies]
+
+    def prepare(self, policy_version: int, tensors: Sequence[TensorMeta]) -> None:
+        """Begin a transaction. Raises: WeightTransferError naming the tensor that is not the model's, or without memory for a spare."""
+        check_tensors(self._expected, tensors)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.rollback()
+        self._parameters.allocate()
+        self._is_open, self._failed, self._spare_has_version = True, False, False
+        self._received = {name: [] for name in self._expected}
+        for fill in self._trace.fills:
+            torch.as_strided(self._parameters.spare[fill.target], fill.view.shape, fill.view.stride, fill.view.start).fill_(fill.value)
+
+    def receive(self, stream: BucketStream | None, policy_version: int, swap: int, first_ticket: int) -> None:
+        """A whole transaction but for its `commit`: see `StreamingWeightSink.receive`. `stream` None: the one before.
+
+        Raises: WeightTransferError naming bucket and tensor; PeerFailed if a rank failed; TimeoutError; PeerLost.
+        """
+        if stream is not None:
+            if self._stream is not None:
+                self._stream.close()
+                self._stream, self._loads = None, {}
+            check_tensors(self._expected, stream.tensors)
+            self._stream = OpenStream(stream)
+        assert self._stream is not None, "the first swap brings the stream"
+        opened = self._stream
+        self._begin()
+        self._failed = True  # until every checksum held
+        opened.take_over(lambda number, checksums: self._load_bucket(opened, number, checksums), swap, first_ticket)
+        if self._missing:
+            raise WeightTransferError(f"the stream does not bring all that this process wants of tensor {self._missing}")
+        self._received = {name: [(0, meta.num_bytes)] for name, meta in self._expected.items()}
+        self._failed = False
+
+    def _load_bucket(self, opened: OpenStream, number: int, checksums: list[int]) -> tuple[int, str] | None:
+        key = id(self._parameters.spare[0])
+        if key not in self._loads:
+            self._loads[key] = self._loads_of(opened)
+        self._stage(opened.shared.slots[number % NUM_SLOTS])
+        for index, (load, checksum) in enumerate(zip(self._loads[key][number], checksums, strict=True)):
+            wrong = load.run(checksum) if load is not None else ""
+            if wrong:
+                return index, wrong
+        self._synchronise()
+        return None
+
+    def _loads_of(self, opened: OpenStream) -> list[list[EntryLoad | None]]:
+        """What becomes of every entry of the stream; and which tensor it does not bring whole."""
+        memories = [self._memories(*both) for both in zip(opened.shared.memories, opened.shared.slots, strict=True)]
+        arriving = dict.fromkeys(self._normal, 0)
+        loads: list[list[EntryLoad | None]] = []
+        for number, bucket in enumerate(opened.stream.buckets):
+            loads.append([])
+            for entry in bucket:
+                parts = list(self._parts(entry))
+                for copy, part in parts:
+                    arriving[copy] += part.num_elements
+                loads[-1].append(self._load_of(entry, [(copy.target, part) for copy, part in parts], memories[number % NUM_SLOTS]))
+        short = [copy for copy, num_elements in arriving.items() if num_elements != self._normal[copy].num_elements]
+        self._missing = "" if not short else short[0].name
+        return loads
+
+    def load(self, path: str, entries: Sequence[BucketEntry]) -> None:
+        """Take over one bucket."""
+        if not self._is_open:
+            raise WeightTransferError(f"bucket {path} came outside a transaction; call prepare first")
+        self._failed = True
+        try:
+            bucket = self._mappings.open(path)
+        except OSError as error:
+            raise WeightTransferError(f"bucket {path} cannot be opened: {error}") from error
+        host = _readable(bucket)
+        memories = self._memories(bucket, host)
+        self._stage(host)
+        for entry in entries:
+            meta = self._expected.get(entry.name)
+            if not source_of(path, bucket, entry, None if meta is None else meta.num_bytes):
+                continue
+            part = BucketSlice(entry.name, entry.tensor_start, entry.num_bytes, entry.bucket_start)
+            load = self._load_of(part, [(copy.target, cut) for copy, cut in self._parts(part)], memories)
+            wrong = load.run(entry.checksum) if load is not None else ""
+            end = entry.tensor_start + entry.num_bytes
+            if wrong:
+                raise WeightTransferError(f"bucket {path}: tensor {entry.name}, bytes {entry.tensor_start}:{end}: {wrong}")
+            self._received[entry.name].append((entry.tensor_start, end))
+        self._synchronise()
+        self._failed = False
+
+    # ---- what becomes of an entry
+
+    def _parts(self, entry: BucketSlice) -> Iterator[tuple[TracedCopy, StridedCopy]]:
+        """The parts of this process's copies that read the entry; sources count from the entry's first element."""
+        meta = self._expected[entry.name]
+        if entry.region is not None:
+            box = View(sum(a * step for (a, _), step in zip(entry.region, row_major(meta.shape), strict=True)), _extents(entry.region), ())
+            packed = View(0, box.shape, tuple(row_major(box.shape)))
+            for copy in self._copies[entry.name]:
+                for seen, cut in read_through(copy.source, box, meta.shape, packed):
+                    yield copy, normal(seen, part_of(copy.destination, cut))
+            return
+        size = meta.dtype.itemsize
+        if entry.tensor_start % size or entry.num_bytes % size:
+            where = f"bytes {entry.tensor_start}:{entry.tensor_start + entry.num_bytes}"
+            raise WeightTransferError(f"{where} of tensor {entry.name} cut an element of {size} bytes")
+        start = entry.tensor_start // size
+        for copy in self._copies[entry.name]:
+            for part in self._normal[copy].cut(start, start + entry.num_bytes // size):
+                yield copy, replace(part, source_start=part.source_start - start)
+
+    def _load_of(self, entry: BucketSlice, parts: Sequence[tuple[int, StridedCopy]], memories: Memories) -> EntryLoad | None:
+        if not parts:
+            return None
+        bytes_in, tensor = memories
+        stop = entry.bucket_start + entry.num_bytes
+        load = EntryLoad(bytes_in[entry.bucket_start : stop], None, [], [])
+        source = tensor[entry.bucket_start : stop].view(self._expected[entry.name].dtype)
+        for index, part in parts:
+            target = self._parameters.spare[index]
+            to = torch.as_strided(target, part.shape, part.target_stride, target.storage_offset() + part.target_start)
+            of = torch.as_strided(source, part.shape, part.source_stride, source.storage_offset() + part.source_start)
+            # Bytes of the host are copied by libc, where the memory stays: in half of torch's time.
+            if self._staging is None and self._parameters.holding.kept and part.is_plain and to.dtype == of.dtype:
+                load.plain.append((_bytes_of(to), _bytes_of(of)))
+            else:
+                load.strided.append((to, of))
+        if load.plain and load.plain[0][0].nbytes == entry.num_bytes and len(parts) == 1:
+            load.whole = load.plain.pop()[0]
+        return load
+
+    def _memories(self, bucket: memoryview, host: torch.Tensor) -> Memories:
+        if self._staging is None:
+            return bucket, host
+        if self._staging.numel() < host.numel():
+            self._staging, self._loads = torch.empty_like(host, device=self._staging.device), {}
+        return bucket, self._staging
+
+    def _stage(self, host: torch.Tensor) -> None:
+        """Bring a bucket to the parameters' device, where they are not in host memory."""
+        if self._staging is not None:
+            self._staging[: host.numel()].copy_(host)
+
+    def _synchronise(self) -> None:
+        """Copies on a device must be done before the bucket is given back, and before another stream computes."""
+        if self._staging is not None and self._staging.is_cuda:
+            torch.cuda.current_stream(self._staging.device).synchronize()
+
+    # ---- the end of a transaction
+
+    def commit(self) -> None:
+        """Exchange spare and serving. Raises: WeightTransferError naming the first incomplete tensor, or if the model cannot go on with
+        what came; it then has the old weights again."""
+        if not self._is_open:
+            raise WeightTransferError("commit outside a transaction; call prepare first")
+        if self._failed:
+            raise WeightTransferError("commit after a bucket that failed; roll back")
+        for name, copies in self._copies.items():
+            meta = self._expected[name]
+            size = meta.dtype.itemsize
+            for start, stop in gaps(self._received[name], meta.num_bytes):
+                if any(True for copy in copies for _ in self._normal[copy].cut(start // size, -(-stop // size))):
+                    raise incomplete(name, start, meta.num_bytes)
+        self._is_open, self._spare_has_version = False, True
+        try:
+            self._flip()
+        except Exception as error:
+            raise WeightTransferError(f"SGLang's model does not take the weights ({error}); it has the old ones again") from error
+
+    def _flip(self) -> None:
+        """Let the spare serve, and compute what follows from it. All or nothing."""
+        self._parameters.exchange()
+        try:
+            self._derive()
+        except BaseException:
+            self._parameters.exchange()
+            self._derive()
+            raise
+        self._has_version, self._spare_has_version = self._spare_has_version, self._has_version
+
+    @torch.no_grad()
+    def _derive(self) -> None:
+        if self._post_load is not None:
+            self._post_load()
+
+    def take_back(self) -> None:
+        """Undo the last commit. No transaction may be open since, and `settle` not called."""
+        self._flip()
+        self._spare_has_version = False
+
+    def settle(self) -> None:
+        """The last commit is final: the version before it is forgotten where its memory is needed."""
+        self._parameters.release()
+
+    def rollback(self) -> None:
+        """Forget the transaction, if there is one."""
+        if self._is_open:
+            self._is_open = False
+            self._parameters.release()
+
+    def digest(self) -> str | None:
+        """32 hexadecimal digits: equal ones mean equal weights in this process, however they arrived. None before the first commit.
+
+        Reads the weights once, in the order of the tensors. Where this process takes every tensor whole, the digest is that of
+        `ModelWeights.digest`: equal for equal weights in the embedded engine too.
+        """
+        if not self._has_version:
+            return None
+        dtype = next(iter(self._expected.values())).dtype
+        digest = blake2b(str(dtype).encode(), digest_size=16)
+        for name, copies in self._copies.items():
+            digest.update(name.encode() + b"\0")
+            distinct = {self._normal[copy].source: copy for copy in reversed(copies)}
+            if [(view.start, view.num_elements) for view in distinct] != [(0, torch.Size(self._expected[name].shape).numel())]:
+                digest.update(repr(sorted(distinct)).encode())  # which part it is
+            content = xxhash.xxh3_128()
+            for _, copy in sorted(distinct.items()):
+                content.update(self._content(copy))
+            digest.update(content.digest())
+        return digest.hexdigest()
+
+    def _content(self, copy: TracedCopy) -> memoryview:
+        """What arrived of a copy, in the order of its source."""
+        flat, view = self._parameters.serving[copy.target], self._normal[copy].target
+        tensor = torch.as_strided(flat, view.shape, view.stride, flat.storage_offset() + view.start)
+        return _bytes_of(tensor.cpu().contiguous())
+
+
+def _extents(region: Region) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in region)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _readable(bucket: memoryview) -> torch.Tensor:
+    """A tensor of a bucket that is mapped to be read; torch knows none that must not be written, and warns."""
+    if not len(bucket):
+        return torch.empty(0, dtype=torch.uint8)
+    with warnings.catch_warnings(action="ignore"):
+        return torch.frombuffer(bucket, dtype=torch.uint8)
