@@ -193,7 +193,11 @@ def _move(move: Move, checksum: int) -> str:
 def difference(memory: memoryview, checksum: int) -> str:
     """What is wrong with what arrived ("" if nothing)."""
     arrived = xxhash.xxh3_64_intdigest(memory)
-    return "" if arrived == checksum else f"checksum {arrived:016x} arrived, {checksum:016x} was sent"
+    return "" if arrived == checksum else unequal(arrived, checksum)
+
+
+def unequal(arrived: int, sent: int) -> str:
+    return f"checksum {arrived:016x} arrived, {sent:016x} was sent"
 
 
 def source_of(path: str, bucket: memoryview, entry: BucketEntry, tensor_bytes: int | None) -> memoryview:

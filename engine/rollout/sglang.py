@@ -75,6 +75,7 @@ class SGLangEngine:
         if config.record_routing and self._architecture.experts is None:
             raise ValueError(f"rollout.record_routing is True, but {self._architecture.model_type} has no experts; set it to False")
         self.server, self._config, self._stop_token_ids, self._timeout_s = server, config, stop_token_ids, timeout_s
+        self.opens_device_memory = server.setup.on_gpu  # see `DeviceWeightSink`
         self._connect()
 
     def _connect(self) -> None:

@@ -24,6 +24,7 @@ from tandem.engine.config import SGLangConfig
 from tandem.engine.rollout.sglang_health import cause_in, stacks
 from tandem.engine.rollout.sglang_versions import SGLangVersion, find_python, version_of
 from tandem.engine.types import EngineDiedError
+from tandem.kernels import checksum
 
 RECEIVER = "tandem.engine.rollout.sglang_receiver.serve"  # how the server's processes import it
 _LOG_TAIL_BYTES = 3000
@@ -234,6 +235,7 @@ def _fill(folder: Path, setup: ServerSetup) -> None:
     hf_config["torch_dtype"] = setup.dtype
     (folder / "model" / "config.json").write_text(json.dumps(hf_config))
     (folder / "python" / "tandem" / "engine").symlink_to(Path(__file__).parents[1])
+    (folder / "python" / "tandem" / "kernels").symlink_to(Path(checksum.__file__).parents[1])
     if not setup.on_gpu:
         plugin = folder / "python" / "tandem_sglang_cpu-0.dist-info"
         plugin.mkdir()

@@ -13,30 +13,35 @@ import torch
 import xxhash
 
 from tandem.engine.buckets import NUM_SLOTS, BucketSlice, BucketStream, Region
-from tandem.engine.rollout.receive import Mappings, OpenStream, check_tensors, difference, gaps, incomplete, source_of
+from tandem.engine.rollout.receive import Mappings, OpenStream, check_tensors, difference, gaps, incomplete, source_of, unequal
 from tandem.engine.rollout.sglang_spare import Parameters
 from tandem.engine.rollout.sglang_trace import Trace, TracedCopy
 from tandem.engine.rollout.strided import StridedCopy, View, box_of, normal, part_of, read_through, row_major
 from tandem.engine.types import BucketEntry, TensorMeta, WeightTransferError
+from tandem.kernels.checksum import Checksums
 
-Memories = tuple[memoryview, torch.Tensor]  # a bucket, twice: its bytes in host memory, and what copies read, on the parameters' device
+# A bucket: its bytes in host memory (None where it lies on a device, and kernels verify it), and what copies read, on that device.
+Memories = tuple[memoryview | None, torch.Tensor]
 
 
 @dataclass(slots=True)
 class EntryLoad:
     """What becomes of one entry."""
 
-    source: memoryview
+    source: memoryview | None  # None: it lies on a device, and has been verified there
     whole: memoryview | None  # where it goes, if that is one piece
     plain: list[tuple[memoryview, memoryview]]
     strided: list[tuple[torch.Tensor, torch.Tensor]]
 
     def run(self, checksum: int) -> str:
         """Verify and copy. Returns what is wrong ("" if nothing)."""
-        if self.whole is not None:
+        if self.source is None:
+            wrong = ""
+        elif self.whole is not None:
             self.whole[:] = self.source  # verified where it arrived, while it is in the cache
             return difference(self.whole, checksum)
-        wrong = difference(self.source, checksum)
+        else:
+            wrong = difference(self.source, checksum)
         if not wrong:
             for target, source in self.plain:
                 target[:] = source
@@ -69,6 +74,7 @@ class ParameterStore:
         device = parameters.serving[0].device
         self._staging = None if device.type == "cpu" else torch.empty(0, dtype=torch.uint8, device=device)
         self._loads: dict[int, list[list[EntryLoad | None]]] = {}  # of the stream, by the spare that they fill
+        self._verifiers: dict[int, Checksums] = {}  # of the stream, by bucket
         self._missing = ""  # what the stream does not bring
 
     @property
@@ -123,7 +129,15 @@ class ParameterStore:
         key = id(self._parameters.spare[0])
         if key not in self._loads:
             self._loads[key] = self._loads_of(opened)
-        self._stage(opened.shared.slots[number % NUM_SLOTS])
+        slot = opened.shared.slots[number % NUM_SLOTS]
+        if opened.shared.has_kernel_checksums:
+            wanted = [index for index, load in enumerate(self._loads[key][number]) if load is not None]
+            found = self._checksums(opened, number, wanted).numbers(slot).tolist()
+            for index, arrived in zip(wanted, found, strict=True):
+                if arrived != checksums[index]:
+                    return index, unequal(arrived, checksums[index])
+        else:
+            self._stage(slot)
         for index, (load, checksum) in enumerate(zip(self._loads[key][number], checksums, strict=True)):
             wrong = load.run(checksum) if load is not None else ""
             if wrong:
@@ -133,7 +147,11 @@ class ParameterStore:
 
     def _loads_of(self, opened: OpenStream) -> list[list[EntryLoad | None]]:
         """What becomes of every entry of the stream; and which tensor it does not bring whole."""
-        memories = [self._memories(*both) for both in zip(opened.shared.memories, opened.shared.slots, strict=True)]
+        if opened.shared.has_kernel_checksums:
+            memories: list[Memories] = [(None, slot) for slot in opened.shared.slots]
+        else:
+            memories = [self._memories(*both) for both in zip(opened.shared.memories, opened.shared.slots, strict=True)]
+        self._verifiers = {}
         arriving = dict.fromkeys(self._normal, 0)
         loads: list[list[EntryLoad | None]] = []
         for number, bucket in enumerate(opened.stream.buckets):
@@ -146,6 +164,14 @@ class ParameterStore:
         short = [copy for copy, num_elements in arriving.items() if num_elements != self._normal[copy].num_elements]
         self._missing = "" if not short else short[0].name
         return loads
+
+    def _checksums(self, opened: OpenStream, number: int, wanted: Sequence[int]) -> Checksums:
+        """What verifies the wanted entries of a bucket on its device."""
+        if number not in self._verifiers:
+            parts = opened.stream.buckets[number]
+            places = [(parts[index].bucket_start, parts[index].num_bytes) for index in wanted]
+            self._verifiers[number] = Checksums(places, opened.shared.slots[0].device)
+        return self._verifiers[number]
 
     def load(self, path: str, entries: Sequence[BucketEntry]) -> None:
         """Take over one bucket."""
@@ -199,14 +225,14 @@ class ParameterStore:
             return None
         bytes_in, tensor = memories
         stop = entry.bucket_start + entry.num_bytes
-        load = EntryLoad(bytes_in[entry.bucket_start : stop], None, [], [])
+        load = EntryLoad(None if bytes_in is None else bytes_in[entry.bucket_start : stop], None, [], [])
         source = tensor[entry.bucket_start : stop].view(self._expected[entry.name].dtype)
         for index, part in parts:
             target = self._parameters.spare[index]
             to = torch.as_strided(target, part.shape, part.target_stride, target.storage_offset() + part.target_start)
             of = torch.as_strided(source, part.shape, part.source_stride, source.storage_offset() + part.source_start)
             # Bytes of the host are copied by libc, where the memory stays: in half of torch's time.
-            if self._staging is None and self._parameters.holding.kept and part.is_plain and to.dtype == of.dtype:
+            if bytes_in is not None and self._staging is None and self._parameters.holding.kept and part.is_plain and to.dtype == of.dtype:
                 load.plain.append((_bytes_of(to), _bytes_of(of)))
             else:
                 load.strided.append((to, of))
@@ -228,7 +254,7 @@ class ParameterStore:
 
     def _synchronise(self) -> None:
         """Copies on a device must be done before the bucket is given back, and before another stream computes."""
-        if self._staging is not None and self._staging.is_cuda:
+        if self._staging is not None and self._staging.is_cuda:  # also where buckets lie on the device
             torch.cuda.current_stream(self._staging.device).synchronize()
 
     # ---- the end of a transaction
