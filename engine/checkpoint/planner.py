@@ -154,10 +154,14 @@ def _estimate(route: SwapRoute, topology: Topology, arrangement: Arrangement, tr
             stages["fetching to the host"] = max(stages["fetching to the host"], written / num_ranks / bandwidths.host_device)
         stages["writing"] = max(stages["writing"], written / num_ranks / copy)
         stages["gathering"] = max(stages["gathering"], link_s(received, num_ranks))
-    for sent in traffic.sent.values():
-        got = stages["gathering"] if route == "gather_and_broadcast" else 0.0  # broadcasts are in one order for all; sends are not
+    for rank, sent in traffic.sent.items():
+        place = arrangement.place_of(rank)
+        got = 0.0
+        if route == "gather_and_broadcast" and place is not None:  # one order for all: a rank cannot send and receive at a time
+            got = link_s(traffic.received[place])
         stages["gathering"] = max(stages["gathering"], link_s(sent) + got)
-    loaded = max((traffic.written[reader.place] for reader in arrangement.readers), default=0)
+    wishes = {wanted for engine in topology.engines for wanted in engine.wanted}
+    loaded = max(union_bytes(topology.tensors, Place("", (), wanted)) for wanted in wishes)
     stages["loading"] = loaded / (bandwidths.host_device if on_gpu and not on_device and bandwidths.host_device else copy)
     bucket_bytes = topology.device_bucket_bytes if on_device else topology.bucket_bytes
     num_buckets = max(1, -(-max(traffic.written) // bucket_bytes))

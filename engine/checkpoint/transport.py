@@ -34,17 +34,17 @@ class Transport:
     def __init__(self, group: dist.ProcessGroup, plan: Plan, *, device: torch.device, timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)
         members = dist.get_process_group_ranks(group)
+        backend = "nccl" if device.type == "cuda" else "gloo"
         self._rank, self._group = group.rank(), group
-        on_gpu = device.type == "cuda"
-        if on_gpu and plan.transfers:
-            made = dist.new_group(members, timeout=self._timeout, backend="nccl")
+        if plan.transfers:  # of its own: a message that is late closes the connections of its group
+            made = dist.new_group(members, timeout=self._timeout, backend=backend)
             assert isinstance(made, dist.ProcessGroup)
             self._group = made
         self._groups: dict[tuple[int, tuple[int, ...]], dist.ProcessGroup] = {}
         # every rank makes every group, in one order, also those that it is not in
         for source, writers in sorted({(transfer.source, transfer.writers) for transfer in plan.transfers if len(transfer.writers) > 1}):
             ranks = sorted(members[rank] for rank in (source, *writers))
-            made = dist.new_group(ranks, timeout=self._timeout, backend="nccl" if on_gpu else "gloo")
+            made = dist.new_group(ranks, timeout=self._timeout, backend=backend)
             if self._rank in (source, *writers):
                 assert isinstance(made, dist.ProcessGroup)
                 self._groups[source, writers] = made
