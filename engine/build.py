@@ -15,6 +15,7 @@ from tandem.engine.checkpoint.hf_folder import load_hf_weights, read_stop_token_
 from tandem.engine.checkpoint.save import CheckpointSaver
 from tandem.engine.checkpoint.swap import WeightSwap
 from tandem.engine.checkpoint.turns import Turns
+from tandem.engine.data.images import refuse_images
 from tandem.engine.data.journal import SegmentJournal
 from tandem.engine.data.prompts import encode_prompt, load_prompts
 from tandem.engine.data.replay import ReplayBuffer
@@ -159,7 +160,9 @@ class Parts:
         self._sampler_state: dict[str, Any] | None = None  # what the present iteration started from
 
     def _read(self, file: Path, context_length: int) -> list[Prompt]:
-        return load_prompts(file, self.tokenizer, self.run.config.data, context_length=context_length, domains=DOMAINS)
+        prompts = load_prompts(file, self.tokenizer, self.run.config.data, context_length=context_length, domains=DOMAINS)
+        refuse_images(prompts, "the models that are trained here have no vision tower and would see the text alone; leave such prompts out")
+        return prompts
 
     def _longest_prompt(self) -> int:
         """Tokens of the longest prompt to train on."""

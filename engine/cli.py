@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from tandem.engine.config import RewardConfig
 from tandem.engine.curate.config import CurateConfig
 from tandem.engine.errors import clear_errors, fail
 from tandem.engine.node_config import NodeOptions
@@ -45,6 +46,7 @@ def evaluate(
     threads: int = 1,
     prompt_template: str = "{question}",
     use_chat_template: bool = False,
+    reward: RewardConfig = RewardConfig(),  # noqa: B008  (frozen)
 ) -> None:
     """Greedy pass@1 and response length of a model on a prompts file.
 
@@ -55,6 +57,7 @@ def evaluate(
         threads: CPU threads of the rollout engine.
         prompt_template: Text given to the tokenizer; {question} is replaced by the prompt. A run's is its data.prompt_template.
         use_chat_template: Wrap the prompt as a user turn in the tokenizer's chat template. A run's is its data.use_chat_template.
+        reward: How responses are graded, as in a run: endpoint of a judge model, sandbox, reward model.
     """
     from tandem.engine.evaluate import evaluate_model
 
@@ -65,6 +68,7 @@ def evaluate(
         num_threads=threads,
         prompt_template=prompt_template,
         use_chat_template=use_chat_template,
+        reward=reward,
     )
     for name, value in measured.items():
         print(f"{name}: {value:.4f}")

@@ -10,6 +10,7 @@ from tandem.engine.build import Parts, stop_token_ids
 from tandem.engine.checkpoint.hf_folder import read_hf_config
 from tandem.engine.checkpoint.serve_folder import serve_folder
 from tandem.engine.config import DataConfig, RepetitionConfig, RewardConfig, RolloutConfig
+from tandem.engine.data.images import refuse_images
 from tandem.engine.data.prompts import load_prompts
 from tandem.engine.data.tokenizer import load_tokenizer
 from tandem.engine.reward.domains import DOMAINS
@@ -61,15 +62,19 @@ def evaluate_model(
     prompt_template: str = "{question}",
     use_chat_template: bool = False,
     num_threads: int = 1,
+    reward: RewardConfig = RewardConfig(),  # noqa: B008  (frozen)
 ) -> dict[str, float]:
     """Greedy pass@1 and mean response length (tokens) of a Hugging Face folder, on the embedded engine in float32.
 
-    Nothing but an end token or the length limit ends a response.
+    Nothing but an end token or the length limit ends a response. One that could not be graded does not pass; `not_graded` is the
+    fraction of them.
 
     Args:
         max_response_tokens: longest response, in tokens.
         prompt_template, use_chat_template: how a question is put, as in `DataConfig`.
-    Raises: ValueError for a folder that is no model, or none that can be trained here, and a prompts file with a bad line.
+        reward: how responses are graded.
+    Raises: ValueError for a folder that is no model, or none that can be trained here, a prompts file with a bad line, a prompt that
+        cannot be graded, and one with an image, which this engine does not see; GradingError when nothing can be graded any more.
     """
     hf_config = read_hf_config(model)
     tokenizer = load_tokenizer(model)
@@ -77,7 +82,8 @@ def evaluate_model(
     config = RolloutConfig(max_response_tokens=max_response_tokens, repetition=RepetitionConfig(max_period=0, ngram=0))
     data = DataConfig(prompt_template=prompt_template, use_chat_template=use_chat_template)
     loaded = load_prompts(prompts, tokenizer, data, context_length=context_length, domains=DOMAINS)
-    judge = Judge(RewardConfig(), tokenizer, num_workers=num_threads)
+    refuse_images(loaded, "evaluate with rollout.engine=sglang in a run")
+    judge = Judge(reward, tokenizer, num_workers=num_threads)
     with (
         contextlib.closing(judge),
         EmbeddedEngine(
@@ -105,8 +111,10 @@ def evaluate_model(
             judge.submit(group)
             num_tokens += group.responses[0].num_tokens
         num_correct = sum(group.verdicts[0].correct for group in judge.finish())
+        num_not_graded = sum(stats.num_not_graded for stats in judge.take_stats().values())
     return {
         "pass_at_1": num_correct / len(loaded),
         "response_tokens": num_tokens / len(loaded),
+        "not_graded": num_not_graded / len(loaded),
         "num_prompts": float(len(loaded)),
     }

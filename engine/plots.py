@@ -99,6 +99,7 @@ def figures(rows: Sequence[Row], warm_start: Sequence[Row]) -> list[Figure]:
             [Curve(metric="train/learning_rate", label="learning rate", colour=GREY)],
             small,
         ),
+        *_grading(rows),
         _overhead(rows),
         _warm_start(warm_start),
     ]
@@ -122,6 +123,29 @@ def _lines(title: str, note: str, rows: Sequence[Row], curves: Sequence[Curve], 
                 }
             )
     return Figure(title=title, note=note, data=data, layout=layout or {}) if data else None
+
+
+def _grading(rows: Sequence[Row]) -> list[Figure | None]:
+    """What became of responses, by domain."""
+    domains = sorted({name.split("/")[1] for row in rows for name in row if name.startswith("reward/") and name.count("/") == 2})
+    accuracies = [
+        row | {f"accuracy/{d}": 1 - rate for d in domains if (rate := row.get(f"reward/{d}/zero_rate")) is not None}
+        for row in map(dict, rows)
+    ]
+
+    def by_domain(title: str, note: str, rows: Sequence[Row], metric: str, layout: dict[str, Any]) -> Figure | None:
+        colours = (PHASE_COLOURS[index % len(PHASE_COLOURS)] for index in range(len(domains)))
+        curves = [Curve(metric=metric.format(d), label=d, colour=colour) for d, colour in zip(domains, colours, strict=True)]
+        return _lines(title, note, rows, curves, layout)
+
+    share = {"yaxis": {"tickformat": ".0%", "rangemode": "tozero"}}
+    seconds = {"yaxis": {"rangemode": "tozero", "ticksuffix": " s"}}
+    return [
+        by_domain("Accuracy by domain", "Of the graded responses, the right ones.", accuracies, "accuracy/{}", share),
+        by_domain("Zero scores by domain", "Of the graded responses, the wrong ones.", rows, "reward/{}/zero_rate", share),
+        by_domain("Not graded by domain", "Responses of which nobody could tell.", rows, "reward/{}/not_graded_rate", share),
+        by_domain("Grading latency by domain", "To the verdict, 95th percentile.", rows, "reward/{}/latency_s_p95", seconds),
+    ]
 
 
 def _stop_states(rows: Sequence[Row]) -> Figure | None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tandem.engine import cli, config, errors
-from tandem.engine.config import RunConfig, SFTStage
+from tandem.engine.config import RewardConfig, RunConfig, SFTStage
 from tandem.engine.errors import clear_errors
 from tandem.engine.recipes import registry
 from tandem.engine.recipes.registry import RECIPES, parse_launch, parse_recipe
@@ -197,11 +197,21 @@ def test_the_prompt_format_reaches_the_evaluation(
 
     monkeypatch.setattr("tandem.engine.evaluate.evaluate_model", evaluate_model)
     paths = tmp_path / "model", tmp_path / "test.jsonl"
-    plain = {"max_response_tokens": 1024, "num_threads": 1, "prompt_template": "{question}", "use_chat_template": False}
+    plain = {
+        "max_response_tokens": 1024,
+        "num_threads": 1,
+        "prompt_template": "{question}",
+        "use_chat_template": False,
+        "reward": RewardConfig(),
+    }
     cli.main(["evaluate", str(paths[0]), "--prompts", str(paths[1])])
     cli.main(["evaluate", str(paths[0]), "--prompts", str(paths[1]), "--prompt_template", "Q: {question}", "--use_chat_template"])
-    assert calls == [(paths, plain), (paths, plain | {"prompt_template": "Q: {question}", "use_chat_template": True})]
-    assert capsys.readouterr().out == "pass_at_1: 0.5000\n" * 2
+    judge = ["--reward.judge_url", "http://judge-1:8000/v1", "--reward.sandbox_url", "http://sandbox-1:8600"]
+    cli.main(["evaluate", str(paths[0]), "--prompts", str(paths[1]), *judge])
+    templates = {"prompt_template": "Q: {question}", "use_chat_template": True}
+    graded = {"reward": RewardConfig(judge_url="http://judge-1:8000/v1", sandbox_url="http://sandbox-1:8600")}
+    assert calls == [(paths, plain), (paths, plain | templates), (paths, plain | graded)]
+    assert capsys.readouterr().out == "pass_at_1: 0.5000\n" * 3
 
 
 def test_a_bad_line_of_the_prompts_ends_a_run_with_one_line_and_status_2(tmp_path: Path) -> None:

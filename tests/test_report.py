@@ -93,6 +93,21 @@ def test_plots_without_numbers_are_left_out() -> None:
     assert [figure.title for figure in figures([{"step": 0, "rollout/reward": 0.5, "train/kl": None}], [])] == ["Reward"]
 
 
+def test_grading_has_a_curve_for_each_domain_in_each_of_its_plots() -> None:
+    rows = [
+        {"step": step, "reward/math/zero_rate": 0.75, "reward/math/not_graded_rate": 0.1, "reward/math/latency_s_p95": 2.0}
+        | {"reward/code/not_graded_rate": 1.0, "reward/code/latency_s_p95": 9.0}  # nothing was graded: no rate of zeros
+        for step in range(2)
+    ]
+    found = {figure.title: {curve["name"]: curve["y"] for curve in figure.data} for figure in figures(rows, [])}
+    assert found == {
+        "Accuracy by domain": {"math": [0.25, 0.25]},
+        "Zero scores by domain": {"math": [0.75, 0.75]},
+        "Not graded by domain": {"code": [1.0, 1.0], "math": [0.1, 0.1]},
+        "Grading latency by domain": {"code": [9.0, 9.0], "math": [2.0, 2.0]},
+    }
+
+
 def test_text_of_prompts_responses_and_names_is_escaped(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", name=ATTACK)
     log = RunLog(run, rank=1, num_ranks=2, config=LogConfig(tensorboard=False, progress=False), num_steps=3)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tandem.engine.config import (
     DataConfig,
@@ -37,6 +38,18 @@ def test_a_prompts_file_of_the_users_own_takes_the_tasks_place(run_dir: Path, tm
     longest = max(len(q.encode()) for q in questions) + 1
     assert json.loads((tmp_path / "own" / "config.json").read_text())["model"]["context_length"] == longest + 48
     assert "eval/pass_at_1" not in line  # the task's test set says nothing about these
+
+
+def test_a_prompt_with_an_image_ends_the_run_before_it_starts(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "red.png")
+    prompts = tmp_path / "own.jsonl"
+    prompts.write_text(
+        json.dumps({"id": "colour-1", "question": "Which colour?", "answer": "red", "domain": "k12", "image": "red.png"}) + "\n"
+    )
+    config = small_toy(tmp_path / "run", steps=1, data=DataConfig(prompts=str(prompts)), sft=())
+    with pytest.raises(RuntimeError, match=r"prompt 'colour-1' has 1 image\(s\), such as .*red\.png; the models .* no vision tower"):
+        run_ranks(train, 2, config)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_gsm8k_takes_the_toys_place_by_one_option(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tandem.engine.curate.overlap import Benchmarks, Deduplicator
 from tandem.engine.curate.records import Candidate, Excluded, Reason, excluded, read_raw
 from tandem.engine.curate.report import Outcome, write_report
 from tandem.engine.curate.tally import Tally, level_of
+from tandem.engine.data.images import refuse_images
 from tandem.engine.data.jsonl import write_jsonl
 from tandem.engine.errors import RunEnded
 from tandem.engine.reward.bubblewrap import UnavailableError
@@ -36,12 +37,13 @@ Verdict = tuple[Reason, str]
 def curate(config: CurateConfig) -> Outcome:
     """Write prompts.jsonl, excluded.jsonl (each line with its reason), report.json, .md and .png into `config.to`.
 
-    Raises: ValueError for a missing or unusable file, a folder that is no model, an endpoint that does not answer, and when no prompt is
-        left; RunEnded when engine, endpoint or graders give up: what is measured stays.
+    Raises: ValueError for a missing or unusable file, a folder that is no model, an endpoint that does not answer, a prompt with an image,
+        and when no prompt is left; RunEnded when engine, endpoint or graders give up: what is measured stays.
     """
     if config.default_domain not in DOMAINS:
         raise ValueError(f"default_domain is {config.default_domain!r}; it must be one of {', '.join(DOMAINS)}")
     sorting = _Sorting(config)  # reads all files, before anything is started or written
+    refuse_images((one.prompt for one in sorting.left), "it would be measured by its text alone; curate such prompts elsewhere")
     try:
         with contextlib.ExitStack() as stack:
             model = EndpointModel(config, stack) if config.is_endpoint else FolderModel(Path(config.model), config, stack)

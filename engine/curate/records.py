@@ -82,7 +82,7 @@ def read_raw(files: tuple[Path, ...], default_domain: str) -> Iterator[Candidate
         for number, line in read_lines(file):
             where = f"{file}:{number}"
             try:
-                candidate = _candidate(line, where, default_domain)
+                candidate = _candidate(line, where, default_domain, file.parent)
             except ValueError as error:
                 detail = str(error).removeprefix(f"{where}: ")
                 first_problem = first_problem or f"line {number}: {detail}"
@@ -94,10 +94,12 @@ def read_raw(files: tuple[Path, ...], default_domain: str) -> Iterator[Candidate
             raise ValueError(f"{file} has no usable prompt: {first_problem or 'it is empty'}")
 
 
-def _candidate(line: bytes, where: str, default_domain: str) -> Candidate:
+def _candidate(line: bytes, where: str, default_domain: str, folder: Path) -> Candidate:
     record = parse_object(line, where)
     fields = {name: value for name, value in record.items() if name not in ("id", "level")}
-    prompt = parse_prompt(fields, where, default_domain=default_domain, domains=DOMAINS)
+    prompt = parse_prompt(fields, where, default_domain=default_domain, domains=DOMAINS, folder=folder)
+    if prompt.images:  # written with whole paths, for the curated file stands in another folder
+        record = {name: value for name, value in record.items() if name != "image"} | {"images": [image.path for image in prompt.images]}
     if "domain" not in record:
         prompt = dataclasses.replace(prompt, domain=domain_of(record, prompt.answer, default_domain))
     discipline = text_field(record, ("discipline",), where) if "discipline" in record else discipline_of(prompt.text)

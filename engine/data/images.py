@@ -1,12 +1,13 @@
 """The images of a prompt: found, decoded once and named by their bytes before any work starts."""
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from tandem.engine.types import PromptImage
+from tandem.engine.types import Prompt, PromptImage
 
 MAX_IMAGE_BYTES = 20 << 20
 # Vision towers scale down what is larger; a decoder takes 3 bytes a pixel.
@@ -24,6 +25,13 @@ def read_images(record: dict[str, Any], where: str, folder: Path) -> tuple[Promp
     if not isinstance(named, list) or not all(isinstance(name, str) and name for name in named):
         raise ValueError(f"{where}: images are {named!r:.80}; they must be paths of files")
     return tuple(_read_image((folder / name).absolute(), where) for name in named)
+
+
+def refuse_images(prompts: Iterable[Prompt], remedy: str) -> None:
+    """Raises: ValueError naming the first prompt with an image, for who would read its text only."""
+    for prompt in prompts:
+        if prompt.images:
+            raise ValueError(f"prompt {prompt.id!r} has {len(prompt.images)} image(s), such as {prompt.images[0].path}; {remedy}")
 
 
 def _read_image(file: Path, where: str) -> PromptImage:

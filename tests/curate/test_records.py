@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tandem.engine.curate.records import Candidate, read_raw
 from tandem.engine.curate.tags import DISCIPLINES, discipline_of, domain_of
@@ -30,6 +31,13 @@ def test_given_fields_win_and_unknown_ones_go_along(tmp_path: Path) -> None:
     )
     assert (line["level"], line["given_level"], line["given_id"]) == (1, 3, "a-7")
     assert line["id"] != "a-7"  # two files may use one id for two prompts
+
+
+def test_images_lie_beside_the_prompts_file_and_the_curated_file_names_them_whole(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "red.png")
+    line = candidate(tmp_path, image="red.png").to_record()
+    assert line["images"] == [str(tmp_path / "red.png")]
+    assert "image" not in line
 
 
 def test_all_three_names_of_a_question_are_read(tmp_path: Path) -> None:
