@@ -16,7 +16,7 @@ V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
 PERIOD_US = 100_000  # of the CPU quota; the kernel's default
 ALLOWANCE_BYTES = 32 * MIB  # for the zygote and the supervisor, which share the group with the program
 ALLOWANCE_PROCESSES = 4
-UNLIMITED_V1 = 1 << 62  # what a group without a limit shows, or more
+LARGEST_CHARGE_BYTES = 8 * MIB  # a peak so far below the limit may be the last before a charge (a huge page) that did not fit
 
 
 class CgroupError(RuntimeError):
@@ -107,6 +107,7 @@ class Cgroup:
         self._folders = {controller: folder / name for controller, folder in hierarchies.folders.items()}
         self._is_v1 = hierarchies.version == 1
         self._limit_bytes: int | None = None
+        self._num_limit_hits = 0
         try:
             for folder in self._each():
                 folder.mkdir()
@@ -144,9 +145,8 @@ class Cgroup:
         self._limit_bytes = total
 
     def num_oom_kills(self) -> int:
-        name = "memory.oom_control" if self._is_v1 else "memory.events"
-        counts = dict(line.split() for line in (self._folders["memory"] / name).read_text().splitlines())
-        return int(counts.get("oom_kill", 0))
+        """Processes that were ended for lack of memory: the group's, or that of the machine or of a group above."""
+        return self._count("memory.oom_control" if self._is_v1 else "memory.events", "oom_kill")
 
     def used_bytes(self) -> int:
         return self._read("memory", "memory.usage_in_bytes" if self._is_v1 else "memory.current")
@@ -154,6 +154,15 @@ class Cgroup:
     def reset_peak(self) -> None:
         if self._is_v1:
             self._write("memory", "memory.max_usage_in_bytes", 0)
+        else:
+            self._num_limit_hits = self._count("memory.events", "max")
+
+    def reached_limit(self) -> bool:
+        """Whether the group came to its own memory limit since `reset_peak`."""
+        if self._is_v1:  # by the peak: not every kernel counts in memory.failcnt
+            assert self._limit_bytes is not None, "set with the group"
+            return self._read("memory", "memory.max_usage_in_bytes") > self._limit_bytes - LARGEST_CHARGE_BYTES
+        return self._count("memory.events", "max") > self._num_limit_hits
 
     def peak_bytes(self) -> int | None:
         """Since `reset_peak`; None where it cannot be reset (version 2: one for the group's whole life)."""
@@ -186,6 +195,10 @@ class Cgroup:
         elif "cpu" in self._folders:
             self._write_if_there("cpu", "cpu.cfs_period_us", PERIOD_US)
             self._write_if_there("cpu", "cpu.cfs_quota_us", int(cores * PERIOD_US))
+
+    def _count(self, name: str, event: str) -> int:
+        counts = dict(line.split() for line in (self._folders["memory"] / name).read_text().splitlines())
+        return int(counts.get(event, 0))
 
     def _read(self, controller: str, name: str) -> int:
         return int((self._folders[controller] / name).read_text())

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.engine.reward.bubblewrap import command
+from tandem.engine.reward.bubblewrap import UnavailableError, command
 from tandem.engine.reward.cgroups import Cgroup, CgroupError, Hierarchies
 from tandem.engine.reward.channel import Channel
 from tandem.engine.reward.execution import MIB, Limits
@@ -49,28 +49,31 @@ class Worker:
     """Runs one program at a time."""
 
     def __init__(self, settings: WorkerSettings) -> None:
-        """Raises: WorkerError with what bubblewrap or the zygote said; CgroupError."""
+        """Raises: WorkerError with what bubblewrap or the zygote said; CgroupError. Nothing is left behind then."""
         self._settings = settings
         self.num_runs = 0
         self._uid = FIRST_UID + secrets.randbelow(NUM_UIDS)
         self._process: subprocess.Popen[bytes] | None = None
         self._pid: int | None = None
-        self.cgroup = None
-        if settings.hierarchies is not None:
-            self.cgroup = Cgroup(settings.hierarchies, f"tandem-{os.getpid()}-{secrets.token_hex(4)}", settings.limits)
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the worker)
-        ours, theirs = socket.socketpair()
+        self.cgroup: Cgroup | None = None
+        try:
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the worker)
+            ours, theirs = socket.socketpair()
+        except OSError as error:  # no folder for temporary files can be written to, or too many files are open
+            raise WorkerError(f"a sandbox worker did not start: {error}") from error
         self._channel = Channel(ours.detach())
         self._channel.socket.settimeout(START_TIMEOUT_S)
         try:
             with theirs:
+                if settings.hierarchies is not None:
+                    self.cgroup = Cgroup(settings.hierarchies, f"tandem-{os.getpid()}-{secrets.token_hex(4)}", settings.limits)
                 self._pid = self._start(theirs.fileno())
             self._answer()
-        except (OSError, ValueError, WorkerError) as error:
+            self._idle_bytes = self.cgroup.used_bytes() if self.cgroup else 0
+        except (OSError, ValueError, CgroupError, UnavailableError, WorkerError) as error:
             words = self._words()
             self.close()
             raise WorkerError(f"a sandbox worker did not start: {error}; {words}") from error
-        self._idle_bytes = self.cgroup.used_bytes() if self.cgroup else 0
 
     def _start(self, channel_fd: int) -> int:
         settings = self._settings
@@ -118,22 +121,25 @@ class Worker:
         pid = int(json.loads(text)["child-pid"])
         if self.cgroup is not None:
             self.cgroup.add(pid)
-        with contextlib.suppress(PermissionError):  # not every root may; programs are the first choice all the same
-            Path(f"/proc/{pid}/oom_score_adj").write_text("-1000")
+        if settings.is_root:  # in a user namespace a program could go back to the least that its worker ever had
+            with contextlib.suppress(PermissionError):  # not every root may; programs are the first choice all the same
+                Path(f"/proc/{pid}/oom_score_adj").write_text("-1000")
         return pid
 
     def run(self, request: Mapping[str, Any], blobs: Mapping[str, bytes], *, memory_bytes: int, wall_s: float) -> dict[str, Any]:
         """Hand over a run and wait for its end, when nothing of it is left.
 
-        Returns: the supervisor's message, with `oom_kills` and `peak_bytes` of the group where there is one.
+        Returns: the supervisor's message, with `resident_bytes`, `oom_kills` and `reached_limit` of the group where there is one. Without,
+            `oom_kills` are the machine's while a run went on that SIGKILL ended.
         Raises: WorkerError, after which the worker must be closed.
         """
         try:
-            before = 0
-            if self.cgroup is not None:
+            if self.cgroup is None:
+                num_kills = _oom_kills_of_machine()
+            else:
                 self.cgroup.limit_memory(memory_bytes)
                 self.cgroup.reset_peak()
-                before = self.cgroup.num_oom_kills()
+                num_kills = self.cgroup.num_oom_kills()
             self._channel.socket.settimeout(wall_s + GRACE_S)
             self._channel.socket.sendall(b"R")  # for the zygote, which leaves the rest to the supervisor that it forks
             self._channel.send(dict(request), dict(blobs))
@@ -142,10 +148,13 @@ class Worker:
                 raise WorkerError(f"the run's supervisor ended with status {result['supervisor']}: {self._words()}")
             self._answer()
             if self.cgroup is not None:
-                result["oom_kills"] = self.cgroup.num_oom_kills() - before
+                result["oom_kills"] = self.cgroup.num_oom_kills() - num_kills
+                result["reached_limit"] = self.cgroup.reached_limit()
                 peak = self.cgroup.peak_bytes()
                 if peak is not None:
                     result["resident_bytes"] = max(0, peak - self._idle_bytes)
+            elif result.get("code") == -signal.SIGKILL:  # whoever sent it: nobody can tell, if the kernel ended any process meanwhile
+                result["oom_kills"], result["reached_limit"] = _oom_kills_of_machine() - num_kills, False
         except (OSError, ValueError, CgroupError) as error:
             raise WorkerError(f"a sandbox worker failed: {type(error).__name__}: {error}; {self._words()}") from error
         self.num_runs += 1
@@ -191,6 +200,12 @@ class Worker:
         """What bubblewrap and the zygote wrote, which is nothing unless something is wrong."""
         self._errors.seek(0)
         return self._errors.read(4000).decode(errors="replace").strip() or "it wrote nothing"
+
+
+def _oom_kills_of_machine() -> int:
+    """Processes that the kernel ended for lack of memory, anywhere, since the start."""
+    counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(counts.get("oom_kill", 0))
 
 
 class Pool:

@@ -19,6 +19,10 @@ from tandem.engine.reward.pool import Pool, WorkerError, WorkerSettings
 MAX_INPUT_BYTES = 64 * MIB  # source, stdin and files together
 COMPILED_BYTES = 256 * MIB  # of compiled programs kept: one is run once for each test
 SIGXCPU, SIGXFSZ = 24, 25
+OUT_OF_MEMORY = (
+    b"the machine, or a control group around the sandbox, ran out of memory and the kernel ended a process of the program, which was"
+    b" below its own limit; run fewer workers, or give them less (limits.memory_bytes)"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +181,8 @@ class Sandbox:
             return Execution(status=Status.SANDBOX_ERROR, stderr=str(error).encode()), {}
         if "fault" in result:
             return Execution(status=Status.SANDBOX_ERROR, stderr=result["fault"].encode()), {}
+        if result.get("oom_kills") and not result["reached_limit"]:
+            return Execution(status=Status.SANDBOX_ERROR, stderr=OUT_OF_MEMORY), {}
         left = {name.removeprefix("file:"): bytes(data) for name, data in result["blobs"].items() if name.startswith("file:")}
         execution = Execution(
             status=self._status(result, limits),

@@ -67,6 +67,10 @@ def test_a_group_of_version_2_gets_its_limits_and_is_read(tmp_path: Path) -> Non
     assert (own / "pids.max").read_text() == str(10 + ALLOWANCE_PROCESSES)
     assert (own / "cpu.max").read_text() == "50000 100000"
     (own / "memory.events").write_text("low 0\nhigh 0\nmax 7\noom 2\noom_kill 3\n")
+    cgroup.reset_peak()
+    assert not cgroup.reached_limit()
+    (own / "memory.events").write_text("low 0\nhigh 0\nmax 8\noom 2\noom_kill 3\n")
+    assert cgroup.reached_limit()
     (own / "memory.current").write_text("4096\n")
     (own / "cgroup.procs").write_text("17\n18\n")
     assert (cgroup.num_oom_kills(), cgroup.used_bytes(), cgroup.pids(), cgroup.peak_bytes()) == (3, 4096, [17, 18], None)
