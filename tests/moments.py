@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tandem.engine.checkpoint.save import CheckpointSaver
-from tandem.engine.data.journal import SegmentJournal
+from tandem.engine.data.journal import SegmentJournal, SegmentKey
 from tandem.engine.log import RunLog
+from tandem.engine.types import Completion
 
 Act = Callable[[], None]
 AT_ITS_END = sys.maxsize  # more function calls than anything makes
@@ -62,9 +63,9 @@ def after_segment(act: Act, *, num_segments: int, iteration: int = 0) -> None:
     """Act once this leader has recorded so many segments of an iteration in its journal: its engine goes on generating."""
     record, num_recorded = SegmentJournal.record, 0
 
-    def watched(self: SegmentJournal, key: Any, *recorded: Any) -> None:
+    def watched(self: SegmentJournal, key: SegmentKey, digest: bytes, completion: Completion) -> None:
         nonlocal num_recorded
-        record(self, key, *recorded)
+        record(self, key, digest, completion)
         num_recorded += key.iteration == iteration
         if key.iteration == iteration and num_recorded == num_segments:
             act()
