@@ -71,7 +71,7 @@ lint: install
 	$(VENV)/bin/pyright
 
 bench: install
-	@set -e; for script in $(filter-out benchmarks/toy_%.py benchmarks/ablations%.py benchmarks/curate_%.py benchmarks/harness.py benchmarks/instruments.py benchmarks/results.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script; done
+	@set -e; for script in $(filter-out benchmarks/toy_%.py benchmarks/ablations%.py benchmarks/curate_%.py benchmarks/harness.py benchmarks/instruments.py benchmarks/loop_table.py benchmarks/results.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script; done
 
 toy-figures: install
 	$(PY) benchmarks/toy_seeds.py --nproc $(NPROC) $(ARGS)

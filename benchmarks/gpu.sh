@@ -5,7 +5,7 @@
 #
 # --quick: one test file, and of every benchmark the first case: does it work? Also on a CPU.
 # Needs python3 with torch, triton, numpy, pytest, pytest-timeout, matplotlib, psutil and nvidia-ml-py; nvcc for csrc/; megatron-core for
-# the training step, which is left out without it.
+# the training step and for sleep and wake, which are left out without it.
 # WHEELS=DIR: wheels of peers and of what is missing (liger-kernel, cut-cross-entropy, megatron-core) to unpack for this run.
 # BUDGET_S=540: seconds for all.  COMMIT=HASH: what to record without git.  COMPARE=FILE: fail on a regression against it.
 # Writes gpu.jsonl, tests.log, bench.log, plots.tgz and machine.txt. Ends with status 1 if anything failed or was left out.
@@ -26,7 +26,7 @@ status=0
 : >"$out/bench.log"
 
 # In the order of importance, each with its part of the budget. What one leaves goes to those after it; the last 20 s are for the end.
-parts=(csrc:40 tests:110 logprob:80 attention:80 policy_loss:25 train_step:60 moe:35 elementwise:30 adamw:25 packing:20 repetition:15)
+parts=(csrc:40 tests:110 logprob:75 attention:75 policy_loss:25 train_step:60 sleep:25 moe:30 elementwise:25 adamw:20 packing:20 repetition:15)
 whole=540
 declare -A until_s
 sum=0
@@ -97,12 +97,12 @@ kernel_options=(--seconds 0.4 --heavy-first)
 [[ -z ${COMPARE:-} ]] || kernel_options+=(--compare "$COMPARE")
 for part in "${parts[@]:2}"; do
     name=${part%:*}
-    if [[ $name != train_step ]]; then
+    if [[ $name != train_step && $name != sleep ]]; then
         step "$name" "$out/bench.log" "$python" "benchmarks/$name.py" "${options[@]}" "${kernel_options[@]}"
     elif "$python" -c 'import megatron.core' 2>/dev/null; then
         step "$name" "$out/bench.log" "$python" "benchmarks/$name.py" "${options[@]}"
     else
-        fail "$out/bench.log" "left out: train_step, megatron-core is not installed"
+        fail "$out/bench.log" "left out: $name, megatron-core is not installed"
     fi
 done
 cat "$work"/results/*.jsonl >"$out/gpu.jsonl" 2>/dev/null

@@ -16,6 +16,16 @@ from tandem.engine.plots import Figure, figures
 from tandem.engine.progress import duration
 
 MAX_COMPARED_PROMPTS = 8
+GIB = 1 << 30
+# Of the metrics memory/TURN/NAME, with their headings.
+MEMORY_COLUMNS: Mapping[str, str] = {
+    "trainer_bytes": "trainer's tensors on its device",
+    "process_bytes": "rank",
+    "arena_bytes": "host memory for a sleeping trainer",
+    "device_bytes": "GPU in use",
+    "others_bytes": "of it, other processes (engine)",
+    "free_bytes": "GPU free",
+}
 
 STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #e3e7ec; --paper: #fff; --ground: #f5f6f8;
@@ -125,6 +135,18 @@ def merge_by_step(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
+def memory_by_phase(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """The most bytes that were in use in each turn (checkpoint/turns.py), by name; {} of a run that measured none."""
+    found: dict[str, dict[str, int]] = {}
+    for row in rows:
+        for metric, value in row.items():
+            if metric.startswith("memory/") and value is not None:
+                _, phase, name = metric.split("/")
+                of_phase = found.setdefault(phase, {})
+                of_phase[name] = max(value, of_phase.get(name, 0))
+    return found
+
+
 def first_and_last(rollouts: Path) -> list[tuple[Sample, Sample]]:
     """Responses to the same prompt early and late: prompts of both the first and the last iteration, then those seen furthest apart."""
     seen: dict[str, list[tuple[int, Path]]] = {}
@@ -173,7 +195,7 @@ def _page(config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], pairs: 
 <section class="tiles">{_tiles(rows)}</section>
 <h2>Course of the run</h2><section class="plots">{"".join(cards)}</section>
 <h2>Responses, first and last</h2>{samples or nothing}
-<h2>Numbers</h2><div class="table"><table><tr><th>metric</th><th>first</th><th>last</th></tr>{_numbers(rows)}</table></div>
+{_memory(rows)}<h2>Numbers</h2><div class="table"><table><tr><th>metric</th><th>first</th><th>last</th></tr>{_numbers(rows)}</table></div>
 <details><summary>Configuration</summary><div class="table"><table>{settings}</table></div></details>
 </main><script>
 {chr(10).join(calls)}
@@ -226,6 +248,19 @@ def _numbers(rows: Sequence[Mapping[str, Any]]) -> str:
         if ends is not None:
             cells.append(f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{_number(value)}</td>" for value in ends) + "</tr>")
     return "".join(cells)
+
+
+def _memory(rows: Sequence[Mapping[str, Any]]) -> str:
+    found = memory_by_phase(rows)
+    if not found:
+        return ""
+    columns = {name: label for name, label in MEMORY_COLUMNS.items() if any(name in of_phase for of_phase in found.values())}
+    head = "".join(f"<th>{html.escape(label)}, GiB</th>" for label in columns.values())
+    body = "".join(
+        f"<tr><td>{html.escape(phase)}</td>" + "".join(f"<td>{of_phase.get(name, 0) / GIB:.3f}</td>" for name in columns) + "</tr>"
+        for phase, of_phase in found.items()
+    )
+    return f'<h2>Memory in each turn, at most</h2><div class="table"><table><tr><th>turn</th>{head}</tr>{body}</table></div>'
 
 
 def _number(value: Any) -> str:

@@ -21,7 +21,7 @@ case "$2 $1" in
     *adamw.py) echo "error: wrong"; exit 1 ;;
 esac
 """
-SUBJECTS = ["logprob", "attention", "policy_loss", "train_step", "moe", "elementwise", "adamw", "packing", "repetition"]
+SUBJECTS = ["logprob", "attention", "policy_loss", "train_step", "sleep", "moe", "elementwise", "adamw", "packing", "repetition"]
 
 
 def test_a_benchmark_that_hangs_takes_only_its_part_of_the_time_and_the_others_follow_in_order(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_benchmark_that_hangs_takes_only_its_part_of_the_time_and_the_others_f
     benchmarks = [line for line in called if line.startswith("benchmarks/")]
     assert [Path(line.split()[0]).stem for line in benchmarks] == SUBJECTS
     assert all("--quick" in line and "--commit abc" in line for line in benchmarks)
-    assert all(("--heavy-first" in line) == ("train_step" not in line) for line in benchmarks)
+    assert all(("--heavy-first" in line) == ("train_step" not in line and "sleep" not in line) for line in benchmarks)
     assert [line for line in called if "pytest" in line] == [
         "-m pytest tests/kernels/test_backend.py -q -p no:cacheprovider --timeout 100 --durations=5"
     ]
@@ -51,7 +51,7 @@ def test_every_subject_is_in_the_script_and_its_parts_add_up() -> None:
     text = (ROOT / "benchmarks/gpu.sh").read_text()
     parts = dict(part.split(":") for part in text.partition("parts=(")[2].partition(")")[0].split())
     on_harness = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "\nSUBJECT = " in path.read_text()}
-    assert set(parts) - {"csrc", "tests", "train_step"} == on_harness
+    assert set(parts) - {"csrc", "tests", "train_step", "sleep"} == on_harness
     assert sum(map(int, parts.values())) <= 540 - 20
 
 
@@ -90,6 +90,18 @@ def test_a_training_step_is_timed_and_its_flop_are_those_of_its_products(tmp_pat
     assert about["mfu_measured"] == pytest.approx(row.floor_s / row.median_s)
     assert about["mfu_nominal"] is None
     assert about["microbatches"] > 1
+
+
+def test_sleep_and_wake_are_timed_beside_plain_copies(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/sleep.py", "--device", "cpu", "--quick", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    out, back = read_rows(tmp_path / "sleep.jsonl")
+    assert [(row.case, row.repeats) for row in (out, back)] == [("out", 2), ("back", 2)]
+    assert out.bytes == back.bytes == out.device["host_bytes"]
+    # 4 bytes of gradient beside 12 of parameter and moments, which alone move
+    assert out.device["resident_bytes_awake"] * 3 == pytest.approx(out.bytes * 4, rel=1e-3)
 
 
 def test_flop_of_a_model_by_hand() -> None:

@@ -11,7 +11,7 @@ import pytest
 from tandem.engine.config import LogConfig, RunConfig
 from tandem.engine.log import RunLog, read_metrics
 from tandem.engine.plots import figures
-from tandem.engine.report import first_and_last, merge_by_step, write_report
+from tandem.engine.report import first_and_last, memory_by_phase, merge_by_step, write_report
 
 METRICS = {
     "eval/pass_at_1": 0.5,
@@ -159,6 +159,21 @@ def test_a_run_killed_in_its_first_iteration_has_a_report(tmp_path: Path) -> Non
     (tmp_path / "metrics.jsonl").write_text("")
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "No prompt was seen in two iterations" in text
+
+
+def test_memory_is_shown_by_turn_at_its_most(tmp_path: Path) -> None:
+    lines = [
+        {"step": 0, "memory/train/trainer_bytes": 5 << 29, "memory/serve/trainer_bytes": 0},
+        {"step": 1, "memory/train/trainer_bytes": 7},
+    ]
+    assert memory_by_phase(lines) == {"train": {"trainer_bytes": 5 << 29}, "serve": {"trainer_bytes": 0}}
+    run = make_run(tmp_path)
+    assert "Memory in each turn" not in write_report(run).read_text()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"time": 0.0} | line) + "\n" for line in lines)
+    text = Page(write_report(run).read_text()).text
+    assert "Memory in each turn" in text
+    assert "2.500" in text  # GiB
 
 
 @pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl"])

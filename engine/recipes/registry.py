@@ -9,13 +9,14 @@ import tyro
 
 from tandem.engine.config import RunConfig
 from tandem.engine.errors import fail
+from tandem.engine.recipes.gpu_loop import gpu_loop
 from tandem.engine.recipes.sft_two_stage import sft_two_stage
 from tandem.engine.recipes.toy_code import toy_code
 from tandem.engine.recipes.toy_cpu import toy_cpu
 from tandem.engine.recipes.toy_reward_model import toy_reward_model
 
 # every recipe, listed by hand: a reader finds its code by following the import
-RECIPES: tuple[Callable[[], RunConfig], ...] = (toy_cpu, toy_code, sft_two_stage, toy_reward_model)
+RECIPES: tuple[Callable[[], RunConfig], ...] = (toy_cpu, toy_code, sft_two_stage, toy_reward_model, gpu_loop)
 
 T = TypeVar("T", RunConfig, "Launch")
 

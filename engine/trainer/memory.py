@@ -161,7 +161,8 @@ class TrainerMemory:
                 if torch.is_tensor(value) and name != "step"
             ]
         gradients = [buffer.grad_data for buffer in buffers]
-        gradients += [tensor.grad for tensor in (*modules, *mains) if tensor.grad is not None]
+        # Those of float32 shards are views of the same buffers, and no leaves.
+        gradients += [tensor.grad for tensor in (*modules, *mains) if tensor.is_leaf and tensor.grad is not None]
         parameters = [buffer.param_data for buffer in buffers if buffer.param_data is not None]
         # The first that names a storage has it: master weights of a float32 model are its parameters.
         return {GRADIENTS: gradients, PARAMETERS: [*modules, *parameters], OPTIMIZER: [*states, *mains]}
