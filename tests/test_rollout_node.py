@@ -1,5 +1,6 @@
 """`tandem rollout-node`: a real process with a real SGLang server that joins a leader's fleet, generates, leaves, and is killed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -145,6 +146,22 @@ def test_a_node_joins_generates_with_each_version_is_killed_and_another_one_leav
         fleet.close()
     wait_for(lambda: server_processes() <= before, "a server is left")
     wait_for(lambda: set(os.listdir("/dev/shm")) <= shared_before, "something is left in shared memory")
+
+
+@pytest.mark.slow
+@pytest.mark.sglang
+@pytest.mark.timeout(900)
+def test_a_node_whose_server_never_becomes_healthy_ends_and_was_never_announced(tmp_path: Path) -> None:
+    need_sglang()
+    before = server_processes()
+    sglang = dataclasses.replace(SGLANG, start_timeout_s=1.0)
+    config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(ROLLOUT, sglang=sglang))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    node = NodeProcess(tmp_path, "late")
+    assert node.process.wait(PATIENCE_S) == 1
+    assert "was not healthy within rollout.sglang.start_timeout_s=1 s and was killed" in node.out.read_text()
+    assert not node.path.exists()
+    wait_for(lambda: server_processes() <= before, "a server is left")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tandem.engine.rollout.sglang_client import ServerGoneError, SGLangClient
 from tandem.engine.rollout.sglang_generation import Generation
 from tandem.engine.rollout.sglang_members import Member, ServerStalledError
 from tandem.engine.rollout.weight_copy import WeightCopy
-from tandem.engine.types import BucketEntry, Completion, EngineDiedError, GenerationRequest, TensorMeta, WeightTransferError
+from tandem.engine.types import BucketEntry, Completion, EngineDiedError, GenerationRequest, TensorMeta
 
 MAX_DEATHS = 3  # of the leader's own server in a row, without a version between
 _ABORT_TIMEOUT_S = 60.0
@@ -266,7 +266,7 @@ class FleetEngine:
     def _bring_back(self, error: EngineDiedError, cause: Exception | None) -> None:
         if isinstance(cause, ServerStalledError):
             self._local.server.kill()
-        is_back = False
+        is_back = serves = False
         while not is_back and not self._is_closed:
             self._num_deaths += 1
             if self._num_deaths > MAX_DEATHS:
@@ -277,12 +277,13 @@ class FleetEngine:
             try:
                 self._local.restart()
                 self._local.wait_until_ready()
-                with_weights = f"the weights of version {self._policy_version}" if self._refill() else "no weights until the next swap"
+                serves, is_back = self._refill(), True
+                with_weights = f"the weights of version {self._policy_version}" if serves else "no weights until the next swap"
                 self._say(f"{self._local.server.name} is back with {with_weights}")
-                is_back = True
-            except (EngineDiedError, WeightTransferError) as again:
+            except Exception as again:  # whatever it is, a generation may be waiting for this to end
                 error = again if isinstance(again, EngineDiedError) else EngineDiedError(f"{self._local.server.name}: {again}")
-        self._is_reviving = False
+        if not serves:
+            self._is_reviving = False
         with contextlib.suppress(RuntimeError):  # closed
             self._client.submit(self._wake())
 
@@ -301,7 +302,7 @@ class FleetEngine:
                 self._is_refilling = False
                 self._turn.notify_all()
         with self._turn:
-            self._local_serves = True
+            self._local_serves, self._is_reviving = True, False  # from here on it may die again, and be brought back by another thread
         self._client.submit(self._rejoin())
         return True
 

@@ -89,6 +89,7 @@ def assert_same(completions: list[Completion], undisturbed: list[Completion]) ->
 
 
 @marked
+@pytest.mark.timeout(1200)  # two servers, one after the other
 def test_a_server_that_is_killed_comes_back_with_its_weights_and_no_token_is_lost(fleet: FleetEngine, said: list[str]) -> None:
     requests = some_requests(40)
     undisturbed = list(fleet.generate(requests))
@@ -141,6 +142,7 @@ def test_a_node_that_nobody_reaches_is_dropped_and_costs_the_others_nothing(
 
 @marked
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_what_a_killed_server_was_generating_goes_to_another_leader_s_while_it_restarts(
     fleet: FleetEngine, models: list[PreTrainedModel], said: list[str], tmp_path: Path
 ) -> None:
