@@ -67,6 +67,7 @@ from tandem.engine.config import (
         (lambda: SGLangConfig(stream_interval=0), "rollout.sglang.stream_interval is 0; it must be at least 1"),
         (lambda: SGLangConfig(memory_fraction=1.0), "rollout.sglang.memory_fraction is 1.0; it must lie between 0 and 1"),
         (lambda: SwapConfig(bucket_bytes=100), "swap.bucket_bytes is 100; it must be at least 4096"),
+        (lambda: SwapConfig(device_bucket_bytes=100), "swap.device_bucket_bytes is 100; it must be at least 4096"),
         (lambda: SwapConfig(sleep_budget_bytes=-1), "swap.sleep_budget_bytes is -1; it must not be negative"),
         (lambda: SFTStage(steps=0, batch_tokens=1, max_tokens=1, optimizer=OptimizerConfig()), "sft.steps is 0; steps or epochs"),
     ],

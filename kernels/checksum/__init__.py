@@ -17,10 +17,27 @@ import torch
 
 from tandem.kernels.backend import runs_triton
 from tandem.kernels.checksum import reference
+from tandem.kernels.operators import operator
 
 __all__ = ["Checksums"]
 
 WORD = 8  # bytes
+TILE = 16384  # words that one program reads: 128 KiB
+
+
+@operator("bucket_checksums")
+def _checksums(bucket: torch.Tensor, table_E3: torch.Tensor, entry_of_tile: torch.Tensor) -> torch.Tensor:
+    """[E] int64. A row of the table is an entry's start, number of bytes and first tile; entry_of_tile is int32."""
+    if runs_triton(bucket):
+        from tandem.kernels.checksum import triton
+
+        return triton.checksums(bucket, table_E3, entry_of_tile)
+    return reference.checksums(bucket, table_E3[:, :2].tolist())
+
+
+@_checksums.register_fake
+def _(bucket: torch.Tensor, table_E3: torch.Tensor, entry_of_tile: torch.Tensor) -> torch.Tensor:
+    return bucket.new_empty(len(table_E3), dtype=torch.int64)
 
 
 class Checksums:
@@ -38,15 +55,15 @@ class Checksums:
                 raise ValueError(
                     f"entries[{index}] has {num_bytes} bytes at {start}; it must begin at a multiple of {WORD}, neither negative"
                 )
-        self._entries = tuple(entries)
         self._device = device
         self.num_bytes = max((start + -(-num_bytes // WORD) * WORD for start, num_bytes in entries if num_bytes), default=0)
         """Of the smallest bucket: the last word of an entry is read whole."""
-        self._launch = None
-        if entries and runs_triton(torch.empty(0, device=device)):
-            from tandem.kernels.checksum import triton
-
-            self._launch = triton.Launch(entries, device)
+        # An entry without bytes has a tile too, for its length.
+        num_tiles = [max(1, -(-num_bytes // (WORD * TILE))) for _, num_bytes in entries]
+        first = np.cumsum([0, *num_tiles])[:-1]
+        rows = [(start, num_bytes, int(tile)) for (start, num_bytes), tile in zip(entries, first, strict=True)]
+        self._table_E3 = torch.tensor(rows, dtype=torch.int64).view(-1, 3).to(device)
+        self._entry_of_tile = torch.from_numpy(np.repeat(np.arange(len(rows), dtype=np.int32), num_tiles)).to(device)
 
     def __call__(self, bucket: torch.Tensor) -> torch.Tensor:
         """The checksums of what lies in the bucket.
@@ -61,9 +78,7 @@ class Checksums:
         if len(bucket) < self.num_bytes or bucket.data_ptr() % WORD:
             found = f"{len(bucket)} bytes at address {bucket.data_ptr()}"
             raise ValueError(f"bucket has {found}; the entries need {self.num_bytes} at a multiple of {WORD}")
-        if self._launch is not None:
-            return self._launch(bucket)
-        return reference.checksums(bucket, self._entries)
+        return _checksums(bucket, self._table_E3, self._entry_of_tile)
 
     def numbers(self, bucket: torch.Tensor) -> np.ndarray:
         """The same as uint64 on the host, once they are known."""

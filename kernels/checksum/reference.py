@@ -10,8 +10,8 @@ _LOW = (1 << 32) - 1
 _WORDS_AT_ONCE = 1 << 16  # in a core's cache
 
 
-def checksums(bucket: torch.Tensor, entries: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """[entries] int64."""
+def checksums(bucket: torch.Tensor, entries: Sequence[Sequence[int]]) -> torch.Tensor:
+    """[entries] int64; an entry is its start and its number of bytes."""
     totals = [torch.zeros((), dtype=torch.int64, device=bucket.device) for _ in entries]
     for total, (start, num_bytes) in zip(totals, entries, strict=True):
         num_words = -(-num_bytes // 8)

@@ -4,14 +4,12 @@ The additions are atomic and of integers: their order changes nothing.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-TILE: tl.constexpr = tl.constexpr(16384)  # words that one program reads: 128 KiB
+from tandem.kernels.checksum import TILE
+
 AT_ONCE: tl.constexpr = tl.constexpr(2048)
 
 
@@ -23,7 +21,7 @@ def _mix(x):
 
 
 @triton.jit
-def _checksum_kernel(bucket, table, entry_of_tile, sums):
+def _checksum_kernel(bucket, table, entry_of_tile, sums, TILE: tl.constexpr):
     entry = tl.load(entry_of_tile + tl.program_id(0))
     start, num_bytes, first_tile = tl.load(table + 3 * entry), tl.load(table + 3 * entry + 1), tl.load(table + 3 * entry + 2)
     words = (bucket + tl.multiple_of(start, 8)).to(tl.pointer_type(tl.uint64))
@@ -45,18 +43,9 @@ def _checksum_kernel(bucket, table, entry_of_tile, sums):
     tl.atomic_add(sums + entry, value.to(tl.int64, bitcast=True), sem="relaxed")
 
 
-class Launch:
-    """The table of the entries, and its launch. An entry without bytes has a tile too, for its length."""
-
-    def __init__(self, entries: Sequence[tuple[int, int]], device: torch.device) -> None:
-        num_tiles = [max(1, -(-num_bytes // (8 * TILE.value))) for _, num_bytes in entries]
-        first = np.cumsum([0, *num_tiles[:-1]])
-        rows = [(start, num_bytes, int(tile)) for (start, num_bytes), tile in zip(entries, first, strict=True)]
-        self._num_entries, self._num_tiles = len(entries), sum(num_tiles)
-        self._table = torch.tensor(rows, dtype=torch.int64).to(device)
-        self._entry_of_tile = torch.from_numpy(np.repeat(np.arange(len(rows), dtype=np.int32), num_tiles)).to(device)
-
-    def __call__(self, bucket: torch.Tensor) -> torch.Tensor:
-        sums = torch.zeros(self._num_entries, dtype=torch.int64, device=bucket.device)
-        _checksum_kernel[self._num_tiles,](bucket, self._table, self._entry_of_tile, sums, num_warps=8)
-        return sums
+def checksums(bucket: torch.Tensor, table_E3: torch.Tensor, entry_of_tile: torch.Tensor) -> torch.Tensor:
+    """[E] int64."""
+    sums = torch.zeros(len(table_E3), dtype=torch.int64, device=bucket.device)
+    if len(entry_of_tile):
+        _checksum_kernel[len(entry_of_tile),](bucket, table_E3, entry_of_tile, sums, TILE=TILE, num_warps=8)
+    return sums

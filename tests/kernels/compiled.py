@@ -24,6 +24,7 @@ from tandem.kernels.attention import plan_attention
 from tandem.kernels.attention.triton import attention_forward
 from tandem.kernels.attention.triton_backward import attention_backward
 from tandem.kernels.backend import chosen
+from tandem.kernels.checksum import triton as checksum
 from tandem.kernels.grouped_gemm import triton as grouped_gemm
 from tandem.kernels.logprob import triton as logprob
 from tandem.kernels.norm import triton as norm
@@ -159,6 +160,10 @@ def _repetition() -> None:
         first_repetition(ints(1_000_000), ints(65), rule)
 
 
+def _checksum() -> None:
+    checksum.checksums(meta(1 << 27, dtype=torch.uint8), meta(300, 3, dtype=torch.int64), ints(1500))
+
+
 def _packing(casts: Iterable[tuple[torch.dtype, torch.dtype]]) -> None:
     """Each cast of rows that are aligned and of some that are not, alone and in one bucket."""
     casts = sorted(casts, key=str)
@@ -226,6 +231,7 @@ CONFIGURATIONS = [
     Configuration("adamw", "fp32 gradient, fp8 blocks", lambda: _adamw(FP32, casts=True), chips=(80, 90)),
     Configuration("adamw", "bf16 gradient", lambda: _adamw(BF16, casts=False)),
     Configuration("repetition", "256 rows", _repetition),
+    Configuration("checksum", "128 MiB, 300 entries", _checksum, quick=True),
     Configuration("packing", "every cast", lambda: _packing(CASTS), chips=(80, 90)),
 ]
 SUBJECTS = list(dict.fromkeys(configuration.subject for configuration in CONFIGURATIONS))

@@ -13,7 +13,7 @@ from tests.kernels.interpreter import DEVICE  # before any kernel
 
 import torch  # isort: skip
 
-from tandem.kernels import attention, backend, grouped_gemm, logprob, norm, permute, policy_loss, repetition, rope, swiglu
+from tandem.kernels import attention, backend, checksum, grouped_gemm, logprob, norm, permute, policy_loss, repetition, rope, swiglu
 from tandem.kernels.native import library
 
 BACKENDS = ["native" if library(DEVICE) is not None else "reference", "triton"]
@@ -56,6 +56,10 @@ def _inputs() -> dict[str, tuple[Any, ...]]:
         "permute": (permute._gather, (randn(4, 16), *plan)),
         "unpermute": (permute._gather_sum, (randn(5, 16), None, *plan)),
         "unpermute_weighted": (permute._gather_sum, (randn(5, 16), randn(5), *plan)),
+        "bucket_checksums": (
+            checksum._checksums,
+            (ints(*range(16)).view(torch.uint8), torch.tensor([[0, 17, 0], [24, 40, 1]], device=DEVICE), ints(0, 1)),
+        ),
         "first_repetition": (repetition._first_repetition, (ints(1, 2, 1, 2, 1, 2, 7), ints(0, 6, 7), 4, 2, 3, 2, 1.0)),
         "rms_norm": (norm._forward, (randn(5, 3, 8), randn(8), 1e-6)),
         "swiglu": (swiglu._forward, (randn(5, 8),)),
