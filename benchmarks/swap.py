@@ -1,12 +1,16 @@
-"""Time of a weight swap against a plain memory copy of the same bytes, side by side.
+"""Time of a weight swap against a plain memory copy of the same bytes, side by side, and the memory that it takes.
 
-    python benchmarks/swap.py [--megabytes 512] [--ranks 1 2] [--bucket-kib 4096]
+    python benchmarks/swap.py [--engines embedded sglang] [--megabytes 1024] [--dtype bfloat16] [--ranks 1 2] [--bucket-kib 2048]
 
-Every rank leads one embedded engine (a child process), as in a run on CPUs; the bytes are what all engines receive together.
-Swap and copy alternate, so that both meet the same load of the machine. The copy is one process, one thread, whole tensors
-(torch's `copy_`) into memory that was touched before. "first" are the first two swaps: each fills one of the engine's two
-copies of the weights for the first time, and the first also starts the engine, plans and opens the shared memory. The engines
-verify every checksum before they commit, so a swap that ended moved the right bytes.
+Every rank leads one engine: an embedded one (a child process), or a real SGLang server on the CPU (`make sglang`; one rank). The bytes are
+what all engines receive together. Swap and copy alternate, so that both meet the same load of the machine. The copy is one process, one
+thread, whole tensors (torch's `copy_`) into memory that was touched before. "first" are the first two swaps: each fills one of the
+engine's two copies of the weights for the first time, and the first also plans and opens the shared memory. The engines verify every
+checksum before they commit, so a swap that ended moved the right bytes;
+
+Where the time of a swap goes: buckets (from the first one's writing to the last one's verifying), commit, and the rest (agreement of the
+ranks). "leave" is the switch back. All are in the trace too, as phases. Memory: the most that either process held during the swaps, over
+what it held before the first one and, for the engine, a second copy of its weights; the shared buckets are counted once.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,10 +32,14 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tandem.engine.buckets import NUM_SLOTS, BucketStream
 from tandem.engine.checkpoint.names import NameMap
 from tandem.engine.checkpoint.swap import WeightSwap
-from tandem.engine.config import RolloutConfig, SwapConfig
+from tandem.engine.config import LogConfig, RolloutConfig, SGLangConfig, SwapConfig
+from tandem.engine.log import RunLog
 from tandem.engine.rollout.embedded import EmbeddedEngine
+from tandem.engine.rollout.sglang import SGLangEngine
+from tandem.engine.rollout.sglang_server import ServerSetup, SGLangServer
 from tandem.engine.types import WeightShard
 from tests.ranks import run_ranks
 
@@ -52,10 +61,10 @@ TOY = {
 }
 
 
-def large_model(megabytes: int) -> dict[str, Any]:
-    """A Qwen3 of about this size in fp32, with the proportions of the 0.6B model."""
-    layer_bytes = 4 * (1024 * (2048 + 2 * 1024 + 2048) + 3 * 1024 * 3072)
-    layers = max(1, round((megabytes * 2**20 - 4 * 1024 * 8192) / layer_bytes))
+def large_model(megabytes: int, itemsize: int) -> dict[str, Any]:
+    """A Qwen3 of about this size, with the proportions of the 0.6B model."""
+    layer_bytes = itemsize * (1024 * (2048 + 2 * 1024 + 2048) + 3 * 1024 * 3072)
+    layers = max(1, round((megabytes * 2**20 - itemsize * 1024 * 8192) / layer_bytes))
     sizes = {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": layers}
     return TOY | sizes | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
 
@@ -63,9 +72,10 @@ def large_model(megabytes: int) -> dict[str, Any]:
 class Source:
     """A whole model in one rank, under Megatron's names and in its layout."""
 
-    def __init__(self, hf_config: Mapping[str, Any]) -> None:
+    def __init__(self, hf_config: Mapping[str, Any], dtype: torch.dtype) -> None:
         self.hf_config = hf_config
-        self._shards = [WeightShard(name=name, tensor=torch.randn(shape), tp_rank=0, tp_size=1) for name, shape in self._shapes()]
+        tensors = {name: torch.randn(shape, dtype=dtype) for name, shape in self._shapes()}
+        self._shards = [WeightShard(name=name, tensor=tensor, tp_rank=0, tp_size=1) for name, tensor in tensors.items()]
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         sizes = NameMap(self.hf_config).sizes
@@ -89,38 +99,134 @@ class Source:
     def weights_changed(self) -> None: ...
 
 
-def measure(hf_config: Mapping[str, Any], config: SwapConfig, repeats: int) -> dict[str, Any]:
+class Memory:
+    """Peak resident memory of a process, from the moment this is made."""
+
+    def __init__(self, pid: int) -> None:
+        self._status = Path(f"/proc/{pid}/status")
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
+        self.before = self._kib("VmRSS")
+
+    def growth(self) -> int:
+        """Bytes of the peak over the beginning."""
+        return (self._kib("VmHWM") - self.before) << 10
+
+    def _kib(self, field: str) -> int:
+        return int(next(line for line in self._status.read_text().splitlines() if line.startswith(field)).split()[1])
+
+
+def largest_child(pid: int) -> int:
+    """Of all that a process started, the one with the most memory: that which holds the weights."""
+    found, waiting = dict[int, int](), [pid]
+    while waiting:
+        one = waiting.pop()
+        pages = int(Path(f"/proc/{one}/statm").read_text().split()[1])
+        found[one] = pages
+        for task in Path(f"/proc/{one}/task").iterdir():
+            waiting += map(int, (task / "children").read_text().split())
+    return max(found, key=found.__getitem__)
+
+
+class Timed:
+    """An engine whose steps of a swap are timed."""
+
+    def __init__(self, engine: EmbeddedEngine | SGLangEngine) -> None:
+        self._engine = engine
+        self.commit_s, self.verified_at_s = 0.0, 0.0
+        self.prepare, self.load, self.rollback = engine.prepare, engine.load, engine.rollback
+        if isinstance(engine, SGLangEngine):
+            self.wanted_regions = engine.wanted_regions
+            self.opens_device_memory = engine.opens_device_memory
+
+    @property
+    def policy_version(self) -> int:
+        return self._engine.policy_version
+
+    def receive(self, stream: BucketStream, policy_version: int, *, swap: int, first_ticket: int) -> "Timed":
+        self._pending = self._engine.receive(stream, policy_version, swap=swap, first_ticket=first_ticket)
+        return self
+
+    def check(self) -> None:
+        self._pending.check()
+
+    def wait(self) -> None:
+        self._pending.wait()
+        self.verified_at_s = time.perf_counter()
+
+    def commit(self) -> None:
+        start = time.perf_counter()
+        self._engine.commit()
+        self.commit_s = time.perf_counter() - start
+
+
+def start(kind: str, hf_config: Mapping[str, Any], dtype: str) -> EmbeddedEngine | SGLangEngine:
+    sizes: dict[str, Any] = {"dtype": dtype, "context_length": 128}
+    if kind == "embedded":
+        return EmbeddedEngine(hf_config, RolloutConfig(), stop_token_ids=(), num_threads=1, **sizes)
+    config = SGLangConfig(kv_tokens=1024)
+    named = {**hf_config, "architectures": ["Qwen3ForCausalLM"]}
+    server = SGLangServer(ServerSetup(hf_config=named, config=config, max_running=4, **sizes))
+    engine = SGLangEngine(server, RolloutConfig(engine="sglang", sglang=config), stop_token_ids=(), timeout_s=600.0)
+    engine.wait_until_ready()
+    return engine
+
+
+def measure(kind: str, hf_config: Mapping[str, Any], dtype: str, config: SwapConfig, repeats: int, folder: str) -> dict[str, Any]:
     """One rank: swaps and copies in turn; the copies are rank 0's, of the bytes of all engines."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    source = Source(hf_config)
+    source = Source(hf_config, getattr(torch, dtype))
     tensors = [shard.tensor for shard in source.weight_shards()]
     copies = [[torch.zeros_like(tensor) for tensor in tensors] for _ in range(num_ranks if rank == 0 else 0)]
-    engine = EmbeddedEngine(hf_config, RolloutConfig(), dtype="float32", context_length=128, stop_token_ids=(), num_threads=1)
+    engine = start(kind, hf_config, dtype)
+    timed = Timed(engine)
     assert dist.group.WORLD is not None
-    swap = WeightSwap(source, engine, config, control_group=dist.group.WORLD)
-    swap_s, copy_s = [], []
+    log = RunLog(Path(folder), rank=rank, num_ranks=num_ranks, config=LogConfig(progress=False, tensorboard=False), num_steps=repeats + 2)
+    swap = WeightSwap(source, timed, config, control_group=dist.group.WORLD, log=log)
+    ours = Memory(os.getpid())
+    theirs = Memory(largest_child(engine.server.pid if isinstance(engine, SGLangEngine) else engine.pid))
+    spent: dict[str, list[float]] = {name: [] for name in ("swap_s", "copy_s", "buckets_s", "commit_s", "leave_s")}
+    digest: str | None = None
     for version in range(repeats + 2):
         dist.barrier()
-        start = time.perf_counter()
-        with swap.serving(version):
-            swap_s.append(time.perf_counter() - start)
+        started_s = time.perf_counter()
+        serving = swap.serving(version)
+        serving.__enter__()
+        spent["swap_s"].append(time.perf_counter() - started_s)
+        spent["buckets_s"].append(timed.verified_at_s - started_s)
+        spent["commit_s"].append(timed.commit_s)
+        if version == repeats + 1:
+            digest = engine.weights_digest
+        started_s = time.perf_counter()
+        with log.phase("back to training"):
+            serving.__exit__(None, None, None)
+        spent["leave_s"].append(time.perf_counter() - started_s)
         dist.barrier()
-        start = time.perf_counter()
+        started_s = time.perf_counter()
         for targets in copies:
             for target, tensor in zip(targets, tensors, strict=True):
                 target.copy_(tensor)
-        copy_s.append(time.perf_counter() - start)
+        spent["copy_s"].append(time.perf_counter() - started_s)
     stats = swap.last_stats
     assert stats is not None
     assert engine.policy_version == repeats + 1
+    assert digest is not None
+    shared_bytes = NUM_SLOTS * config.bucket_bytes
+    extra_bytes = ours.growth() + max(0, theirs.growth() - stats.num_bytes // num_ranks) - shared_bytes
+    swap.close()
     engine.close()
-    return {"bytes": stats.num_bytes, "buckets": stats.num_buckets, "first_s": swap_s[:2], "swap_s": swap_s[2:], "copy_s": copy_s[2:]}
+    log.close()
+    first = spent["swap_s"][:2]
+    return {"bytes": stats.num_bytes, "buckets": stats.num_buckets, "route": stats.route, "first_s": first, "extra_bytes": extra_bytes} | {
+        name: seconds[2:] for name, seconds in spent.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", nargs="+", default=["embedded"], choices=["embedded", "sglang"])
     parser.add_argument("--megabytes", type=int, default=512, help="size of the large model, in MiB")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="of embedded engines; SGLang runs with one")
     parser.add_argument("--bucket-kib", type=int, nargs="+", default=[SwapConfig().bucket_bytes >> 10])
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
@@ -128,39 +234,52 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root).stdout.strip()
     versions = f"torch {torch.__version__}, commit {commit}, load average {os.getloadavg()[0]:.1f}"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}")
-    print("| model | ranks | bytes received | buckets | swap ms (min–max) | GB/s | copy ms (min–max) | GB/s | swap / copy | first ms |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for label, model in (("toy", TOY), (f"{args.megabytes} MiB", large_model(args.megabytes))):
-        for num_ranks in args.ranks:
-            for kib in args.bucket_kib:
-                repeats = args.repeats * (3 if label == "toy" else 1)
-                found = run_ranks(measure, num_ranks, model, SwapConfig(bucket_bytes=kib << 10), repeats, timeout_s=600)[0]
-                swap_s, copy_s = statistics.median(found["swap_s"]), statistics.median(found["copy_s"])
-                row = {
-                    "subject": "swap",
-                    "model": label,
-                    "dtype": "float32",
-                    "ranks": num_ranks,
-                    "bytes": found["bytes"],
-                    "bucket_bytes": kib << 10,
-                    "buckets": found["buckets"],
-                    "swap_s": swap_s,
-                    "swap_min_s": min(found["swap_s"]),
-                    "swap_max_s": max(found["swap_s"]),
-                    "first_s": found["first_s"],
-                    "copy_s": copy_s,
-                    "copy_min_s": min(found["copy_s"]),
-                    "ratio": swap_s / copy_s,
-                    "commit": commit,
-                }
-                cells = [
-                    f"{s * 1e3:.2f} ({min(all_s) * 1e3:.2f}–{max(all_s) * 1e3:.2f}) | {found['bytes'] / s / 1e9:.2f}"
-                    for s, all_s in ((swap_s, found["swap_s"]), (copy_s, found["copy_s"]))
-                ]
-                first = ", ".join(f"{s * 1e3:.0f}" for s in found["first_s"])
-                size = f"{found['bytes']:,} | {found['buckets']} × {kib} KiB"
-                print(f"| {label} | {num_ranks} | {size} | {cells[0]} | {cells[1]} | {swap_s / copy_s:.2f} | {first} |")
-                print(json.dumps(row))
+    print(
+        "| engine | model | ranks | bytes received | buckets | swap ms (min–max) | GB/s | copy ms (min–max) | GB/s | swap / copy |", end=""
+    )
+    print(" of it buckets, commit ms | leave ms | extra memory | first ms |")
+    print("|" + "---|" * 14)
+    models = (("toy", TOY), (f"{args.megabytes} MiB", large_model(args.megabytes, getattr(torch, args.dtype).itemsize)))
+    for kind in args.engines:
+        for label, model in models if kind == "embedded" else models[1:]:
+            for num_ranks in args.ranks if kind == "embedded" else [1]:
+                for kib in args.bucket_kib:
+                    repeats = args.repeats * (3 if label == "toy" else 1)
+                    with tempfile.TemporaryDirectory() as folder:
+                        of = kind, model, args.dtype, SwapConfig(bucket_bytes=kib << 10), repeats, folder
+                        found = run_ranks(measure, num_ranks, *of, timeout_s=1800)[0]
+                    report(found, {"model": label, "engine": kind, "dtype": args.dtype, "ranks": num_ranks, "commit": commit}, kib)
+
+
+def report(found: Mapping[str, Any], about: Mapping[str, Any], kib: int) -> None:
+    """One row of the table, and the same as JSON."""
+    median = {name: statistics.median(found[name]) for name in ("swap_s", "copy_s", "buckets_s", "commit_s", "leave_s")}
+    row = {
+        "subject": "swap",
+        **about,
+        "route": found["route"],
+        "bytes": found["bytes"],
+        "bucket_bytes": kib << 10,
+        "buckets": found["buckets"],
+        **median,
+        "swap_min_s": min(found["swap_s"]),
+        "swap_max_s": max(found["swap_s"]),
+        "copy_min_s": min(found["copy_s"]),
+        "ratio": median["swap_s"] / median["copy_s"],
+        "extra_bytes": found["extra_bytes"],
+        "first_s": found["first_s"],
+    }
+    cells = [
+        f"{median[name] * 1e3:.2f} ({min(found[name]) * 1e3:.2f}–{max(found[name]) * 1e3:.2f}) | {found['bytes'] / median[name] / 1e9:.2f}"
+        for name in ("swap_s", "copy_s")
+    ]
+    split = f"{median['buckets_s'] * 1e3:.1f}, {median['commit_s'] * 1e3:.1f} | {median['leave_s'] * 1e3:.2f}"
+    extra = f"{found['extra_bytes'] / 2**20:.1f} MiB = {found['extra_bytes'] / (kib << 10):.1f} buckets"
+    first = ", ".join(f"{s * 1e3:.0f}" for s in found["first_s"])
+    size = f"{found['bytes']:,} | {found['buckets']} × {kib} KiB"
+    left = f"| {about['engine']} | {about['model']} {about['dtype']} | {about['ranks']} | {size}"
+    print(f"{left} | {cells[0]} | {cells[1]} | {row['ratio']:.2f} | {split} | {extra} | {first} |")
+    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
