@@ -28,7 +28,7 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def in_phase(name: str, act: Act, *, num_passed: int = 0, num_calls: int = 0) -> None:
+def in_phase(wanted: str, act: Act, *, num_passed: int = 0, num_calls: int = 0) -> None:
     """Act within a phase of the run (`RunLog.phase`), once the main thread has called `num_calls` functions in it, or at its end.
 
     `num_passed` phases of that name are let pass.
@@ -36,11 +36,11 @@ def in_phase(name: str, act: Act, *, num_passed: int = 0, num_calls: int = 0) ->
     phase, num_begun = RunLog.phase, 0
 
     @contextlib.contextmanager
-    def watched(self: RunLog, opened: str, **args: Any) -> Iterator[dict[str, Any]]:
+    def watched(self: RunLog, name: str, **args: Any) -> Iterator[dict[str, Any]]:
         nonlocal num_begun
-        num_begun += opened == name
-        is_the_one = opened == name and num_begun == num_passed + 1
-        with phase(self, opened, **args) as yielded, _acting(act, num_calls) if is_the_one else contextlib.nullcontext():
+        num_begun += name == wanted
+        is_the_one = name == wanted and num_begun == num_passed + 1
+        with phase(self, name, **args) as yielded, _acting(act, num_calls) if is_the_one else contextlib.nullcontext():
             yield yielded
 
     RunLog.phase = watched
