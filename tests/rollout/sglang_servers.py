@@ -1,6 +1,7 @@
 """Real SGLang servers for tests. Starting one takes 15 s or more, so the tests of one model share it."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,13 @@ def sglang_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers
 
 
 def server_processes() -> set[int]:
-    """Process ids of guards and of SGLang's processes, without zombies."""
-    found = set[int]()
+    """Process ids of guards and of SGLang's processes that these tests started, without zombies."""
+    found, session = set[int](), f"TANDEM_TEST_SESSION={os.environ['TANDEM_TEST_SESSION']}".encode()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                if b"sglang" in (entry / "cmdline").read_bytes().split(b"pytest")[0] and state != "Z":
+                is_server = b"sglang" in (entry / "cmdline").read_bytes().split(b"pytest")[0]
+                if is_server and state != "Z" and session in (entry / "environ").read_bytes().split(b"\0"):
                     found.add(int(entry.name))
     return found
