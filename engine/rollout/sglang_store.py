@@ -69,6 +69,7 @@ class ParameterStore:
         self._has_version = self._spare_has_version = False
         self._is_open = self._failed = False
         self._received: dict[str, list[tuple[int, int]]] = {}  # name: byte ranges [start, end)
+        self._target_bytes: dict[int, memoryview] = {}  # of the parameters of either set, by id
         self._mappings = Mappings()
         self._stream: OpenStream | None = None
         device = parameters.serving[0].device
@@ -227,18 +228,27 @@ class ParameterStore:
         stop = entry.bucket_start + entry.num_bytes
         load = EntryLoad(None if bytes_in is None else bytes_in[entry.bucket_start : stop], None, [], [])
         source = tensor[entry.bucket_start : stop].view(self._expected[entry.name].dtype)
+        on_host = self._staging is None and self._parameters.holding.kept
         for index, part in parts:
             target = self._parameters.spare[index]
+            if bytes_in is not None and on_host and part.is_plain and target.dtype == source.dtype:
+                # Copied by libc, in half of torch's time. Slices of one view of each parameter: there are thousands.
+                size, first = source.element_size(), entry.bucket_start + part.source_start * source.element_size()
+                num_bytes, to_byte = part.num_elements * size, part.target_start * size
+                load.plain.append((self._memory_of(target)[to_byte : to_byte + num_bytes], bytes_in[first : first + num_bytes]))
+                continue
             to = torch.as_strided(target, part.shape, part.target_stride, target.storage_offset() + part.target_start)
             of = torch.as_strided(source, part.shape, part.source_stride, source.storage_offset() + part.source_start)
-            # Bytes of the host are copied by libc, where the memory stays: in half of torch's time.
-            if bytes_in is not None and self._staging is None and self._parameters.holding.kept and part.is_plain and to.dtype == of.dtype:
-                load.plain.append((_bytes_of(to), _bytes_of(of)))
-            else:
-                load.strided.append((to, of))
+            load.strided.append((to, of))
         if load.plain and load.plain[0][0].nbytes == entry.num_bytes and len(parts) == 1:
             load.whole = load.plain.pop()[0]
         return load
+
+    def _memory_of(self, flat: torch.Tensor) -> memoryview:
+        """All bytes of a parameter that stays in host memory."""
+        if id(flat) not in self._target_bytes:
+            self._target_bytes[id(flat)] = _bytes_of(flat)
+        return self._target_bytes[id(flat)]
 
     def _memories(self, bucket: memoryview, host: torch.Tensor) -> Memories:
         if self._staging is None:
