@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import os
 import statistics
 import time
 from collections import deque
@@ -39,6 +40,7 @@ from transformers import Qwen3ForCausalLM
 from tandem.engine.config import RepetitionConfig, RolloutConfig
 from tandem.engine.rollout.embedded import EmbeddedEngine
 from tandem.engine.rollout.sglang import SGLangEngine
+from tandem.engine.rollout.sglang_guard import processes
 from tandem.engine.rollout.sglang_server import ServerSetup, SGLangServer
 from tandem.engine.rollout.sglang_versions import find_python
 from tandem.engine.types import GenerationRequest, StopState
@@ -89,6 +91,7 @@ class Variant:
     source: Iterator[Sample] = field(default_factory=samples)
     partial: list[Sample] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # of each iteration
+    cpu_s: list[float] = field(default_factory=list)  # of the engine's processes, which other work on the machine does not lengthen
     finished: list[int] = field(default_factory=list)  # tokens of the responses that ended in it
     rows: list[list[int]] = field(default_factory=list)  # responses that run, at each step of it
 
@@ -107,7 +110,7 @@ class Variant:
         by_id = {str(sample.number): sample for sample in flight}
         self.rows.append(occupancy([sample.length - len(sample.tokens) for sample in flight], max_batch, self.budget))
         requests = [sample.request() for sample in flight]
-        start, ended, num_new = time.perf_counter(), set[str](), 0
+        start, cpu_start, ended, num_new = time.perf_counter(), cpu_seconds(engine), set[str](), 0
         for completion in engine.generate(requests, token_budget=self.budget):
             sample = by_id[completion.request_id]
             num_new += len(completion.token_ids)
@@ -116,9 +119,21 @@ class Variant:
                 assert len(sample.tokens) == sample.length, (len(sample.tokens), sample.length)
                 ended.add(completion.request_id)
         self.seconds.append(time.perf_counter() - start)
+        self.cpu_s.append(cpu_seconds(engine) - cpu_start)
         assert num_new == sum(self.rows[-1]), (num_new, sum(self.rows[-1]))
         self.finished.append(sum(by_id[name].length for name in ended))
         self.partial = [sample for sample in flight if str(sample.number) not in ended]
+
+
+def cpu_seconds(engine: Engine) -> float:
+    """CPU time that the processes of the engine have taken so far."""
+    if isinstance(engine, EmbeddedEngine):
+        pids = [engine.pid]
+    else:
+        (session,) = Path(f"/proc/{engine.server.pid}/task/{engine.server.pid}/children").read_text().split()
+        pids = processes(int(session))
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(of[11]) + int(of[12]) for of in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def occupancy(lengths: Sequence[int], max_batch: int, budget: int | None) -> list[int]:
@@ -225,32 +240,36 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, results, lines = toy_model(CONTEXT_LENGTH), dict[str, tuple[Variant, Variant]](), list[dict[str, Any]]()
-    print(
-        "| engine | ends an iteration | iterations | finished tokens | decode steps | mean rows | seconds | ms/step | finished tokens/s |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = ("engine", "ends by", "iterations", "finished tokens", "decode steps", "mean rows", "seconds", "ms/step", "CPU seconds")
+    print(f"| {' | '.join(columns)} | finished tokens/s |\n|{'---|' * (1 + len(columns))}")
     for kind in available(options.engines):
         with start(kind, model, options.max_batch) as engine:
             results[kind] = measure(engine, model, options.iterations, options.responses, options.max_batch)
         for variant in results[kind]:
-            rows, seconds = statistics.mean(num for of in variant.rows for num in of), sum(variant.seconds)
+            rows, seconds, cpu_s = statistics.mean(num for of in variant.rows for num in of), sum(variant.seconds), sum(variant.cpu_s)
             ms = 1e3 * seconds / variant.num_steps
             counts = f"{len(variant.rows)} | {sum(variant.finished)} | {variant.num_steps} | {rows:.1f}"
-            print(f"| {kind} | {variant.name} | {counts} | {seconds:.2f} | {ms:.2f} | {variant.tokens_per_s:.0f} |", flush=True)
+            print(
+                f"| {kind} | {variant.name} | {counts} | {seconds:.2f} | {ms:.2f} | {cpu_s:.2f} | {variant.tokens_per_s:.0f} |",
+                flush=True,
+            )
             line: dict[str, Any] = {
                 "engine": kind,
                 "ends": variant.name,
                 "finished_tokens": variant.finished,
                 "steps": list(map(len, variant.rows)),
             }
-            lines.append(line | {"seconds": [round(s, 3) for s in variant.seconds]})
+            lines.append(line | {"seconds": [round(s, 3) for s in variant.seconds], "cpu_s": [round(s, 2) for s in variant.cpu_s]})
     draw(results, options.to)
     ratios = {}
     for kind, (waiting, budget) in results.items():
-        per_s = budget.tokens_per_s / waiting.tokens_per_s
-        per_step = sum(budget.finished) / budget.num_steps / (sum(waiting.finished) / waiting.num_steps)
-        ratios[kind] = {"per_s": round(per_s, 3), "per_step": round(per_step, 3)}
-        print(f"{kind}: finished tokens with a budget / waiting: {per_s:.2f} per second, {per_step:.2f} per decode step")
+        finished = sum(budget.finished) / sum(waiting.finished)
+        ratios[kind] = {
+            "per_s": round(budget.tokens_per_s / waiting.tokens_per_s, 3),
+            "per_cpu_s": round(finished * sum(waiting.cpu_s) / sum(budget.cpu_s), 3),
+            "per_step": round(finished * waiting.num_steps / budget.num_steps, 3),
+        }
+        print(f"{kind}: finished tokens with a budget / waiting: {ratios[kind]}")
     record = {
         "benchmark": "partial_rollouts",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
