@@ -178,8 +178,9 @@ def _packing(casts: Iterable[tuple[torch.dtype, torch.dtype]]) -> None:
         Packer(parts).pack(meta(1 << 32, dtype=torch.uint8))
 
 
-# The tiles of attention and of grouped products are for NVIDIA's chips. In fp32 attention's products are exact, without tensor cores,
-# and hold whole rows of both operands in registers: it spills, and is there for checks.
+# The tiles of attention and of grouped products are for NVIDIA's chips: on gfx942 the products' four stages take more shared memory than
+# there is, and attention of wide heads spills. In fp32 attention's products are exact, without tensor cores, and hold whole rows of both
+# operands in registers: its backward passes spill, and are there for checks.
 NVIDIA: dict[str, Any] = {"chips": (80, 90)}
 
 CONFIGURATIONS = [
