@@ -53,11 +53,12 @@ def _wait(ends: list[int], session: int) -> set[str]:
         poll.register(end, select.POLLIN)
     files = set[str]()
     while not poll.poll(_SCAN_S * 1000):
-        files |= _mapped(session)
-    return files | _mapped(session)
+        files |= mapped_files(session)
+    return files | mapped_files(session)
 
 
-def _mapped(session: int) -> set[str]:
+def mapped_files(session: int) -> set[str]:
+    """What a session's processes have of SGLang's in shared memory."""
     files = set[str]()
     for pid in processes(session):
         with contextlib.suppress(OSError):

@@ -20,7 +20,7 @@ from tandem.engine.buckets import ShardedWeightSink
 from tandem.engine.config import RepetitionConfig, RolloutConfig, SGLangConfig
 from tandem.engine.rollout.sglang import SGLangEngine
 from tandem.engine.rollout.sglang_client import SGLangClient
-from tandem.engine.rollout.sglang_guard import SHARED_MEMORY, processes
+from tandem.engine.rollout.sglang_guard import SHARED_MEMORY, mapped_files, processes
 from tandem.engine.rollout.sglang_server import SGLangServer
 from tandem.engine.types import Completion, EngineDiedError, GenerationRequest, StopState, WeightTransferError
 from tests.rollout.models import VOCAB_SIZE, disk_tensors, metas, reference_logprobs, send, serve, tiny_model
@@ -326,27 +326,33 @@ def test_nothing_is_left_of_a_server_whose_leader_is_killed(models: list[PreTrai
     need_sglang()
     of_torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     of_torchrun |= {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    before, files = server_processes(), shared_files()
-    folders = set(Path("/tmp").glob("tandem-sglang-*"))
     program = """
 import os, pickle, sys
 from tandem.engine.rollout.sglang_server import SGLangServer
 server = SGLangServer(pickle.load(open(sys.argv[1], "rb")))
 server.wait_until_healthy()
-print("healthy", flush=True)
+print(server.pid, flush=True)
+input()
 os.kill(os.getpid(), 9)
 """
     (tmp_path / "setup").write_bytes(pickle.dumps(setup_of(models[0], log_path=tmp_path / "log")))
     command, environment = [sys.executable, "-c", program, str(tmp_path / "setup")], os.environ | of_torchrun
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdin is not None
     assert process.stdout is not None
-    with process.stdout:
-        assert process.stdout.readline() == "healthy\n"
-    assert process.wait() == -signal.SIGKILL
+    guard = int(process.stdout.readline())
+    (server,) = Path(f"/proc/{guard}/task/{guard}/children").read_text().split()
+    pids, files = {guard, *processes(int(server))}, mapped_files(int(server))
+    folder = Path(f"/proc/{guard}/cmdline").read_text().split("\0")[4]
+    assert len(pids) >= 3
+    assert files
+    assert Path(folder, "model", "config.json").exists()
+    process.communicate("\n")
+    assert process.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 120
 
     def left() -> set[object]:
-        return {*(server_processes() - before), *(shared_files() - files), *(set(Path("/tmp").glob("tandem-sglang-*")) - folders)}
+        return {*(pids & server_processes()), *filter(os.path.exists, (*files, folder))}
 
     while left() and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -6,6 +6,7 @@ import sys
 import torch
 
 from tandem.engine.rollout.sglang_cpu.sgl_kernel import assign_req_to_token_pool_cpu, murmur_hash32
+from tandem.engine.rollout.sglang_cpu.tandem_sglang_attention import decode
 
 
 def test_what_stands_in_for_sgl_kernel_cannot_be_imported_here() -> None:
@@ -42,3 +43,29 @@ def test_cache_slots_are_noted_where_each_request_goes_on() -> None:
     requests, starts, ends = torch.tensor([2, 0]), torch.tensor([1, 0]), torch.tensor([4, 2])
     assign_req_to_token_pool_cpu(requests, pool, starts, ends, torch.tensor([11, 12, 13, 14, 15]), 6)
     assert pool.tolist() == [[14, 15, 0, 0, 0, 0], [0] * 6, [0, 11, 12, 13, 0, 0]]
+
+
+def test_decode_attention_is_that_of_each_row_by_itself() -> None:
+    """Against softmax in fp64; slots that nobody uses hold NaN, and lengths lie at and beside powers of two."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 15, 16, 17, 33, 64, 200])
+    num_rows, num_heads, num_kv_heads, size = len(lengths), 6, 2, 8
+    k_cache, v_cache = (torch.full((1000, num_kv_heads, size), float("nan")) for _ in range(2))
+    free = torch.randperm(999, generator=generator) + 1
+    slots = torch.zeros(num_rows, 201, dtype=torch.int32)
+    for row, length in enumerate(lengths.tolist()):
+        taken, free = free[:length], free[length:]
+        slots[row, :length] = taken
+        k_cache[taken], v_cache[taken] = (torch.randn(length, num_kv_heads, size, generator=generator) for _ in range(2))
+    query = torch.randn(num_rows, num_heads, size, generator=generator)
+    output = decode(query, torch.empty_like(query), k_cache, v_cache, slots, lengths, 0.3)
+    for row, length in enumerate(lengths.tolist()):
+        taken = slots[row, :length].long()
+        keys, values = (cache[taken].double().repeat_interleave(num_heads // num_kv_heads, dim=1) for cache in (k_cache, v_cache))
+        weights = (torch.einsum("hd,thd->ht", query[row].double(), keys) * 0.3).softmax(-1)
+        expected = torch.einsum("ht,thd->hd", weights, values)
+        assert (output[row] - expected).abs().max() <= 1e-6
+        alone = decode(
+            query[row : row + 1], torch.empty(1, num_heads, size), k_cache, v_cache, slots[row : row + 1], lengths[row : row + 1], 0.3
+        )
+        assert torch.equal(alone[0], output[row])

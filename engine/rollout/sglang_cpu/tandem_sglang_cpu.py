@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from tandem_sglang_attention import batched_decode  # pyright: ignore[reportMissingImports]
 
 
 def load() -> None:
@@ -10,6 +11,7 @@ def load() -> None:
     import sglang.srt.arg_groups.choices as choices  # pyright: ignore[reportMissingImports]
     import sglang.srt.mem_cache.pool_host.common as pinned_memory  # pyright: ignore[reportMissingImports]
     import sglang.srt.state_capturer.base as capturer  # pyright: ignore[reportMissingImports]
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend  # pyright: ignore[reportMissingImports]
     from sglang.srt.model_executor.model_runner import ModelRunner  # pyright: ignore[reportMissingImports]
 
     # Host buffers, of routed experts for one, are pinned for copies from a GPU.
@@ -21,6 +23,8 @@ def load() -> None:
     choices.add_deterministic_attention_backend_choices(["torch_native"])
     choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])  # and the prefix cache, which it would turn off
     ModelRunner.maybe_enable_batch_invariant_mode = nothing
+    # A loop over the rows in Python took half of the time of a decode step.
+    TorchNativeAttnBackend._run_sdpa_forward_decode = batched_decode(TorchNativeAttnBackend._run_sdpa_forward_decode)
 
 
 def nothing(*_: Any, **__: Any) -> None:
