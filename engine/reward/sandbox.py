@@ -185,7 +185,7 @@ class Sandbox:
             return Execution(status=Status.SANDBOX_ERROR, stderr=OUT_OF_MEMORY), {}
         left = {name.removeprefix("file:"): bytes(data) for name, data in result["blobs"].items() if name.startswith("file:")}
         execution = Execution(
-            status=self._status(result, limits),
+            status=self._status(how, result, limits),
             stdout=bytes(result["blobs"]["stdout"]),
             stderr=bytes(result["blobs"]["stderr"]),
             wall_s=result["wall_s"],
@@ -195,7 +195,7 @@ class Sandbox:
         )
         return execution, left
 
-    def _status(self, result: dict[str, Any], limits: Limits) -> Status:
+    def _status(self, how: Recipe, result: dict[str, Any], limits: Limits) -> Status:
         if result.get("oom_kills"):
             return Status.MEMORY_LIMIT
         if result["cause"] is not None:
@@ -206,7 +206,8 @@ class Sandbox:
             return Status.OUTPUT_LIMIT
         if result["code"] == 0:
             return Status.OK
-        if not self._has_cgroups and _ran_out_of_memory(result["blobs"]["stderr"]):
+        # such a runtime has a heap of limited size, and ends by itself when that is full
+        if (how.reserves or not self._has_cgroups) and _ran_out_of_memory(result["blobs"]["stderr"]):
             return Status.MEMORY_LIMIT
         return Status.RUNTIME_ERROR
 

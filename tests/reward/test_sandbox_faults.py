@@ -175,7 +175,7 @@ PROGRAMS = {
         Status.WRONG_ANSWER: "print(1)",
         Status.RUNTIME_ERROR: "1 / 0",
         Status.TIME_LIMIT: "while True: pass",
-        Status.MEMORY_LIMIT: "x = [bytes(1 << 20) for _ in range(4000)]",
+        Status.MEMORY_LIMIT: "x = bytearray(4 << 30)",
         Status.OUTPUT_LIMIT: "while True: print('x' * 1000)",
     },
     "cpp": {
@@ -199,10 +199,7 @@ PROGRAMS = {
         Status.WRONG_ANSWER: JAVA.format("System.out.println(1);"),
         Status.RUNTIME_ERROR: JAVA.format("System.out.println(new int[1][2][3][4][5].length / (a.length));"),
         Status.TIME_LIMIT: JAVA.format("for (long i = 0; i >= 0; i = (i + 1) % 7) ;"),
-        Status.MEMORY_LIMIT: JAVA.format(
-            "java.util.List<Object> x = new java.util.ArrayList<>(); for (;;) { var b = java.nio.ByteBuffer.allocateDirect(1 << 20);"
-            " for (int i = 0; i < b.capacity(); i += 4096) b.put(i, (byte) 1); x.add(b); }"
-        ),
+        Status.MEMORY_LIMIT: JAVA.format("java.util.List<Object> x = new java.util.ArrayList<>(); for (;;) x.add(new byte[1 << 20]);"),
         Status.OUTPUT_LIMIT: JAVA.format('String x = "x".repeat(1000); for (;;) System.out.println(x);'),
     },
 }  # fmt: skip
