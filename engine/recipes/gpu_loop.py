@@ -3,6 +3,7 @@
 from tandem.engine.config import (
     CheckpointConfig,
     EvaluationConfig,
+    LengthPenaltyConfig,
     LogConfig,
     ModelConfig,
     OptimizerConfig,
@@ -35,6 +36,7 @@ def gpu_loop() -> RunConfig:
         sampling=SamplingConfig(groups_in_flight=32, num_samples=8),
         rollout=RolloutConfig(engine="sglang", max_response_tokens=1024, max_batch=256),
         replay=ReplayConfig(groups_per_update=32),
+        length_penalty=LengthPenaltyConfig(weight=0.5),  # what a random model is wrong about differs in length: something to train on
         trainer=TrainerConfig(dtype="bfloat16", microbatch_tokens=16_384, updates_per_iteration=2, optimizer=OptimizerConfig(lr=1e-6)),
         swap=SwapConfig(bucket_bytes=64 << 20),
         evaluation=EvaluationConfig(every=0, max_prompts=16),

@@ -37,7 +37,8 @@ class ServerMemory:
         if part in self.released:
             return
         await self._weights.pause()
-        await self._wait_until_idle()
+        if not self.released:
+            await self._wait_until_idle()
         await self._client.call("/release_memory_occupation", tags=[part])
         self.released.add(part)
 
