@@ -48,6 +48,12 @@ def _rotated(x: np.ndarray, bits: int) -> np.ndarray:
 _library = torch.library.Library("sgl_kernel", "FRAGMENT")
 _library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor")
 _library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
+# SGLang looks these up when it imports its vision models, one of which has them; those that run here do not call them.
+for _name in (
+    *("fused_sigmoid_mul_cpu", "fused_qk_gemma_rmsnorm_cpu", "fused_qk_gemma_rmsnorm_with_gate_cpu", "fused_input_proj_cpu"),
+    *("fused_qkvzba_split_reshape_cat_contiguous_cpu", "fused_qkvzba_split_reshape_cat_cpu"),
+):
+    _library.define(f"{_name}(Tensor x) -> Tensor")
 
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:
