@@ -46,7 +46,8 @@ PATIENCE_S = 400.0  # for a server to start where everything else runs too
 
 def a_model(seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(**HF_CONFIG | {"initializer_range": 0.2})).float().eval()
+    fields: dict[str, Any] = HF_CONFIG | {"initializer_range": 0.2}
+    return Qwen3ForCausalLM(Qwen3Config(**fields)).eval()
 
 
 def some_requests(num: int) -> list[GenerationRequest]:

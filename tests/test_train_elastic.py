@@ -29,7 +29,7 @@ def train_with_a_node(config: RunConfig) -> str:
     run = Path(str(config.run_dir))
     node: subprocess.Popen[bytes] | None = None
 
-    def watched_meet(roster: Roster) -> None:
+    def watched_meet(self: Roster) -> None:
         nonlocal iteration, node
         iteration += 1
         if os.environ["RANK"] == "0" and iteration == 1:
@@ -44,7 +44,7 @@ def train_with_a_node(config: RunConfig) -> str:
         if node is not None and iteration == 3:
             node.send_signal(signal.SIGTERM)
             assert node.wait(PATIENCE_S) == 0
-        meet(roster)
+        meet(self)
 
     Roster.meet = watched_meet
     printed = io.StringIO()
