@@ -10,7 +10,8 @@ checksum before they commit, so a swap that ended moved the right bytes;
 
 Where the time of a swap goes: buckets (from the first one's writing to the last one's verifying), commit, and the rest (agreement of the
 ranks). "leave" is the switch back. All are in the trace too, as phases. Memory: the most that either process held during the swaps, over
-what it held before the first one and, for the engine, a second copy of its weights; the shared buckets are counted once.
+what it held before the first one and, for the engine, the copies of its weights that come with the first two swaps; the shared buckets are
+counted once.
 """
 
 import argparse
@@ -166,9 +167,7 @@ def start(kind: str, hf_config: Mapping[str, Any], dtype: str) -> EmbeddedEngine
     config = SGLangConfig(kv_tokens=1024)
     named = {**hf_config, "architectures": ["Qwen3ForCausalLM"]}
     server = SGLangServer(ServerSetup(hf_config=named, config=config, max_running=4, **sizes))
-    engine = SGLangEngine(server, RolloutConfig(engine="sglang", sglang=config), stop_token_ids=(), timeout_s=600.0)
-    engine.wait_until_ready()
-    return engine
+    return SGLangEngine(server, RolloutConfig(engine="sglang", sglang=config), stop_token_ids=(), timeout_s=600.0)
 
 
 def measure(kind: str, hf_config: Mapping[str, Any], dtype: str, config: SwapConfig, repeats: int, folder: str) -> dict[str, Any]:
@@ -178,6 +177,7 @@ def measure(kind: str, hf_config: Mapping[str, Any], dtype: str, config: SwapCon
     tensors = [shard.tensor for shard in source.weight_shards()]
     copies = [[torch.zeros_like(tensor) for tensor in tensors] for _ in range(num_ranks if rank == 0 else 0)]
     engine = start(kind, hf_config, dtype)
+    engine.rollback()  # its process has then started and imported all it needs
     timed = Timed(engine)
     assert dist.group.WORLD is not None
     log = RunLog(Path(folder), rank=rank, num_ranks=num_ranks, config=LogConfig(progress=False, tensorboard=False), num_steps=repeats + 2)
@@ -210,8 +210,9 @@ def measure(kind: str, hf_config: Mapping[str, Any], dtype: str, config: SwapCon
     assert stats is not None
     assert engine.policy_version == repeats + 1
     assert digest is not None
+    num_copies = 1 if kind == "sglang" else 2  # that the engine does not have at its start
     shared_bytes = NUM_SLOTS * config.bucket_bytes
-    extra_bytes = ours.growth() + max(0, theirs.growth() - stats.num_bytes // num_ranks) - shared_bytes
+    extra_bytes = ours.growth() + max(0, theirs.growth() - num_copies * stats.num_bytes // num_ranks) - shared_bytes
     swap.close()
     engine.close()
     log.close()

@@ -38,7 +38,7 @@ class ShardedModel(torch.nn.Module):
             self.register_parameter(name.replace(".", "_"), parameter)
         self.derived: torch.Tensor | None = None
         if not derives:
-            self.post_load_weights = None
+            self.post_load_weights = None  # pyright: ignore[reportAttributeAccessIssue]
 
     @staticmethod
     def _fused(name: str) -> tuple[str, int]:

@@ -36,7 +36,8 @@ def tiny_llama(seed: int) -> PreTrainedModel:
 def model_of(kind: str, seed: int) -> PreTrainedModel:
     if kind == "llama":
         return tiny_llama(seed)
-    return tiny_model(kind, seed=seed, **({"mlp_only_layers": []} if kind == "qwen3_moe" else {}))
+    changes: dict[str, Any] = {"mlp_only_layers": []} if kind == "qwen3_moe" else {}
+    return tiny_model(kind, seed=seed, **changes)
 
 
 class Writer:

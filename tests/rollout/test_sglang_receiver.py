@@ -115,13 +115,15 @@ def test_a_parameter_that_no_tensor_fills_is_named(versions: list[dict[str, torc
         Receiver(model, architecture, torch.float32, 0)
     del model.extra
     model.model_norm_weight = torch.nn.Parameter(torch.zeros(50))
-    model.load_weights = lambda weights: [
-        model.model_norm_weight.data[:48].copy_(tensor)
-        if name == "model.norm.weight"
-        else ShardedModel.load_weights(model, [(name, tensor)])
-        for name, tensor in weights
-        if "proj" not in name or "qkv" in model._fused(name)[0] or "o_proj" in name or "down" in name
-    ]
+    model.load_weights = (
+        lambda weights: [  # pyright: ignore[reportAttributeAccessIssue]
+            model.model_norm_weight.data[:48].copy_(tensor)
+            if name == "model.norm.weight"
+            else ShardedModel.load_weights(model, [(name, tensor)])
+            for name, tensor in weights
+            if "proj" not in name or "qkv" in model._fused(name)[0] or "o_proj" in name or "down" in name
+        ]
+    )
     with pytest.raises(WeightTransferError, match=r"no tensor fills SGLang's parameter model_\S+"):
         Receiver(model, architecture, torch.float32, 0)
 

@@ -106,11 +106,11 @@ def swaps(tp: int, on_device: bool, route: Any) -> None:
     source.set_version(1)
     publish = SharedBuckets.publish
 
-    def damage(self: SharedBuckets, of: int, counter: int, value: int) -> None:
+    def damage(self: SharedBuckets, rank: int, counter: int, value: int) -> None:
         if counter == buckets.CHECKSUMMED:
             for slot in self.slots:
                 slot[1] ^= 1
-        publish(self, of, counter, value)
+        publish(self, rank, counter, value)
 
     SharedBuckets.publish = damage if rank == 1 else publish
     with pytest.raises(WeightTransferError, match=r"bucket \d+ of \d+, tensor \S+, bytes \d+:\d+: checksum"), swap.serving(3):
