@@ -155,14 +155,17 @@ class Cgroup:
         if self._is_v1:
             self._write("memory", "memory.max_usage_in_bytes", 0)
         else:
-            self._num_limit_hits = self._count("memory.events", "max")
+            self._num_limit_hits = self._limit_events()
 
     def reached_limit(self) -> bool:
         """Whether the group came to its own memory limit since `reset_peak`."""
         if self._is_v1:  # by the peak: not every kernel counts in memory.failcnt
             assert self._limit_bytes is not None, "set with the group"
             return self._read("memory", "memory.max_usage_in_bytes") > self._limit_bytes - LARGEST_CHARGE_BYTES
-        return self._count("memory.events", "max") > self._num_limit_hits
+        return self._limit_events() > self._num_limit_hits
+
+    def _limit_events(self) -> int:
+        return self._count("memory.events", "max") + self._count("memory.events", "oom")
 
     def peak_bytes(self) -> int | None:
         """Since `reset_peak`; None where it cannot be reset (version 2: one for the group's whole life)."""
