@@ -36,7 +36,7 @@ PATCHES = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "min_pix
 
 def write_model(folder: Path) -> Qwen2VLForConditionalGeneration:
     """A random Qwen2-VL of two layers, its tokenizer and its image processor."""
-    config = Qwen2VLConfig(
+    fields: dict[str, Any] = dict(
         text_config={
             **{"vocab_size": 288, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
             **{"num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "tie_word_embeddings": False},
@@ -49,13 +49,14 @@ def write_model(folder: Path) -> Qwen2VLForConditionalGeneration:
         },
         **{"vision_start_token_id": 259, "vision_end_token_id": 260, "image_token_id": 261, "video_token_id": 262},
     )
+    config = Qwen2VLConfig(**fields)
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(config)
     for parameter in model.parameters():
         if parameter.ndim > 1:  # large enough that tokens differ
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
-    tokenizer = byte_tokenizer()
+    tokenizer: Any = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -116,7 +117,7 @@ def test_a_completion_depends_on_the_image_and_is_graded(client: SGLangClient, t
         for name in ("red", "blue", "again")
     ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    tokenizer = byte_tokenizer()
+    tokenizer: Any = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
     tokenizer.chat_template = TEMPLATE
     prompts = load_prompts(tmp_path / "prompts.jsonl", tokenizer, DataConfig(use_chat_template=True), context_length=CONTEXT)
