@@ -8,7 +8,10 @@ from tandem_sglang_attention import batched_decode  # pyright: ignore[reportMiss
 
 def load() -> None:
     """Replace what a CPU does not have, and allow seeded sampling with the only attention backend that runs on any CPU."""
-    import sglang.srt.arg_groups.choices as choices  # pyright: ignore[reportMissingImports]
+    try:
+        import sglang.srt.arg_groups.choices as choices  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:  # where 0.5.17 has them
+        import sglang.srt.server_args as choices  # pyright: ignore[reportMissingImports]
     import sglang.srt.mem_cache.pool_host.common as pinned_memory  # pyright: ignore[reportMissingImports]
     import sglang.srt.state_capturer.base as capturer  # pyright: ignore[reportMissingImports]
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend  # pyright: ignore[reportMissingImports]
