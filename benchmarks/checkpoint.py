@@ -58,7 +58,7 @@ def train(trainer: MegatronTrainer) -> None:
 
 def measure(megabytes: int, repeats: int, folder: Path) -> dict[str, Any]:
     """One rank: blocked and whole seconds of every save; whole ones of the saves that nothing disturbs."""
-    model = large_model(megabytes)
+    model = large_model(megabytes, torch.float32.itemsize)
     mesh, config = build_mesh(MeshConfig(), model), TrainerConfig(reset_optimizer=False, optimizer=OptimizerConfig(lr=1e-4))
     trainer = MegatronTrainer(model, mesh, config, LossConfig(), 1.0, seed=0)
     train(trainer)

@@ -183,8 +183,8 @@ def _curated(data: Path, folder: Path, model: Path, seed: int) -> Outcome:
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's, ties at their mean rank."""
-    ranks = [np.array([_mean_rank(value, sorted(values)) for value in values]) for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.array([_mean_rank(value, sorted(values)) for value in values]) for values in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _mean_rank(value: float, ordered: list[float]) -> float:

@@ -59,7 +59,7 @@ def watched(found: dict[str, Any], name: str) -> Iterator[None]:
 
 def write_random(folder: Path, megabytes: int, dtype: torch.dtype) -> None:
     folder.mkdir()
-    model = large_model(megabytes)
+    model = large_model(megabytes, torch.float32.itemsize)
     tensors = NameMap(model).tensors(dtype)
     writer = SafetensorsWriter(folder, tensors, SHARD_BYTES)
     write_hf_config(folder, model, dtype)
