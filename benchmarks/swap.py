@@ -135,6 +135,7 @@ class Timed:
         self._engine = engine
         self.commit_s, self.verified_at_s = 0.0, 0.0
         self.prepare, self.load, self.rollback = engine.prepare, engine.load, engine.rollback
+        self.revert, self.settle = engine.revert, engine.settle
         if isinstance(engine, SGLangEngine):
             self.wanted_regions = engine.wanted_regions
             self.opens_device_memory = engine.opens_device_memory

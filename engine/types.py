@@ -292,6 +292,14 @@ class WeightSink(Protocol):
         """Make the prepared version the serving one. Raises if any byte of any tensor is missing."""
         ...
 
+    def revert(self) -> None:
+        """Undo the last commit, which is not settled yet: what served before it serves again, with its version."""
+        ...
+
+    def settle(self) -> None:
+        """The last commit is final; memory that only `revert` needs may go."""
+        ...
+
     def rollback(self) -> None:
         """Forget the transaction; the old version goes on serving. Safe to call without one."""
         ...

@@ -38,5 +38,6 @@ def serve_folder(folder: Path, sink: WeightSink, dtype: torch.dtype, *, policy_v
                     )
                     sink.load(f"/proc/{os.getpid()}/fd/{descriptor}", [entry])
             sink.commit()
+            sink.settle()
     finally:
         os.close(descriptor)

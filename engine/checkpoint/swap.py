@@ -24,7 +24,7 @@ from tandem.engine.checkpoint.swap_setup import Setup, make_setup, node_name
 from tandem.engine.checkpoint.writer import BucketWork, make_bucket_work
 from tandem.engine.config import SwapConfig, SwapRoute
 from tandem.engine.log import RunLog
-from tandem.engine.types import WeightSink, WeightSource, WeightTransferError
+from tandem.engine.types import EngineDiedError, WeightSink, WeightSource, WeightTransferError
 
 # A rank may spend one deadline on a bucket and one on its engine before it comes to say so.
 _AGREE_FACTOR = 3
@@ -85,6 +85,7 @@ class WeightSwap:
         self._num_swaps = 0
         self._policy_version = -1
         self._handed: HandOver | None = None
+        self._has_committed = False  # and not settled
         self._where = ""  # what is being written, for messages
         self.last_stats: SwapStats | None = None
 
@@ -95,8 +96,7 @@ class WeightSwap:
         Nothing is moved if all engines serve this version already. A collective: all ranks enter together.
 
         Raises: WeightTransferError on every rank, naming rank, bucket and tensor, when anything failed anywhere; the old
-            version then goes on serving. (An engine that fails in `commit` itself, after all have verified everything,
-            is named too; the others then have the new version, and the next `serving` starts with a transfer to all.)
+            version then goes on serving. Where an engine fails in `commit` itself, those that have committed revert.
         """
         behind = self._sink is not None and self._sink.policy_version != policy_version
         needed, highest, lowest = self._agreement.reduce_max("enter the serving phase", int(behind), policy_version, -policy_version)
@@ -146,9 +146,14 @@ class WeightSwap:
         if self._sink is not None:
             try:
                 self._sink.commit()
+                self._has_committed = True
             except Exception as error:
                 self._fail(setup, failures, "commit", error)
         self._agree(setup, failures, "commit")
+        self._has_committed = False
+        if self._sink is not None:
+            with suppress(EngineDiedError):  # it is replaced when it is needed
+                self._sink.settle()
         self._policy_version = policy_version
         self.last_stats = SwapStats(
             policy_version=policy_version,
@@ -298,10 +303,14 @@ class WeightSwap:
         raise_all([failure for of_rank, _ in everyone for failure in of_rank if failure.reason])
 
     def _rollback(self) -> None:
-        """Let the engine forget the transaction. One that does not answer, or died, has nothing to forget."""
+        """Let the engine forget the transaction, committed or not. One that does not answer, or died, has nothing to forget."""
         if self._sink is not None and not (self._handed is not None and self._handed.is_stuck):
             with suppress(Exception):
-                self._sink.rollback()
+                if self._has_committed:
+                    self._sink.revert()
+                else:
+                    self._sink.rollback()
+        self._has_committed = False
 
     def _check_peers(self) -> None:
         for buckets in self._setup.all_buckets if self._setup is not None else ():

@@ -94,6 +94,7 @@ def receive(sink: WeightSink, meeting: Meeting, rank: int, policy_version: int, 
             group.broadcast(content[: chunk.stop - chunk.start])
             sink.load(f"/proc/{os.getpid()}/fd/{descriptor}", chunk.entries)
         sink.commit()
+        sink.settle()
     except Exception:
         sink.rollback()
         raise

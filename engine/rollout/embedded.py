@@ -102,7 +102,7 @@ class EmbeddedEngine:
         self._start()
 
     def _start(self) -> None:
-        self._policy_version = -1
+        self._policy_version = self._previous = -1
         self._digest: str | None = None  # of the committed weights, once somebody asked
         self._stream: BucketStream | None = None
         self._generating = False
@@ -231,8 +231,16 @@ class EmbeddedEngine:
 
     def commit(self) -> None:
         """See `WeightSink.commit`. Nothing computed with the old weights is kept."""
-        self._policy_version = self._command("commit")
-        self._digest = None
+        committed = self._command("commit")
+        self._previous, self._policy_version, self._digest = self._policy_version, committed, None
+
+    def revert(self) -> None:
+        """See `WeightSink.revert`."""
+        self._command("take_back")
+        self._policy_version, self._digest = self._previous, None
+
+    def settle(self) -> None:
+        """See `WeightSink.settle`. Nothing: the child keeps both copies."""
 
     def rollback(self) -> None:
         """See `WeightSink.rollback`."""

@@ -52,6 +52,7 @@ class Worker:
             "load": self._store.load,
             "receive": self._store.receive,
             "commit": self._store.commit,
+            "take_back": self._store.take_back,
             "rollback": self._store.rollback,
             "digest": self._digest,
         }

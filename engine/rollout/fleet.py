@@ -43,17 +43,14 @@ class FleetEngine:
         stop_token_ids: tuple[int, ...],
         say: Callable[[str], None],
     ) -> None:
-        """
-        Args:
-            say: gets a line for everything that joins, leaves or dies.
-        """
+        """`say` gets a line for everything that joins, leaves or dies."""
         self._local, self._config, self._stop_token_ids, self._say = local, config, stop_token_ids, say
         self._architecture, self._context_length = Architecture.from_hf(hf_config), context_length
         self._copy = WeightCopy()
         self._client = SGLangClient("")
         self._nodes = JoinedNodes(self._client, timeout_s=config.elastic.timeout_s, say=say, watcher=self)
         self._peers: tuple[tuple[str, str], ...] = ()  # (name, URL) of the other leaders' servers on this machine
-        self._policy_version = -1
+        self._policy_version = self._previous = -1
         self._turn = threading.Condition()  # the local server is either in a swap or being filled after its restart
         self._is_swapping = self._is_refilling = False
         self._local_swaps = False  # whether the local server is part of the open transaction
@@ -189,13 +186,13 @@ class FleetEngine:
         return Member(name=server.name, client=self._client.at(server.url), capacity=self._config.max_batch)
 
     def _node_member(self, node: Announcement) -> Member:
-        name = f"rollout node {node.name}"
-        return Member(name=name, client=self._client.at(node.url, name), capacity=node.max_batch, is_own=False)
+        return self._lent(f"rollout node {node.name}", node.url, node.max_batch)
 
     def _borrowed(self) -> list[Member]:
-        return [
-            Member(name=name, client=self._client.at(url, name), capacity=self._config.max_batch, is_own=False) for name, url in self._peers
-        ]
+        return [self._lent(name, url, self._config.max_batch) for name, url in self._peers]
+
+    def _lent(self, name: str, url: str, capacity: int) -> Member:
+        return Member(name=name, client=self._client.at(url, name), capacity=capacity, is_own=False)
 
     def abort(self, request_ids: Collection[str] | None = None) -> None:
         """See `RolloutEngine.abort`."""
@@ -328,47 +325,52 @@ class FleetEngine:
             self._is_swapping = True
             self._local_swaps = not self._is_reviving
         self._copy.prepare(policy_version, tensors)
-        with self._survived():
-            if self._local_swaps:
-                self._local.prepare(policy_version, tensors)
+        self._locally(lambda: self._local.prepare(policy_version, tensors))
 
     def load(self, shared_memory_path: str, entries: Sequence[BucketEntry]) -> None:
         """See `WeightSink.load`."""
-        with self._survived():
-            if self._local_swaps:
-                self._local.load(shared_memory_path, entries)
+        self._locally(lambda: self._local.load(shared_memory_path, entries))
         self._copy.load(shared_memory_path, entries)
 
     def commit(self) -> None:
-        """See `WeightSink.commit`. The nodes get the version afterwards, by broadcast."""
-        with self._survived():
-            if self._local_swaps:
-                self._local.commit()
-                self._local_serves, self._num_deaths = True, 0
+        """See `WeightSink.commit`."""
+        self._locally(self._local.commit)
+        if self._local_swaps:
+            self._local_serves, self._num_deaths = True, 0
         self._copy.commit()
-        self._policy_version = self._copy.policy_version
+        self._previous, self._policy_version = self._policy_version, self._copy.policy_version
+
+    def revert(self) -> None:
+        """See `WeightSink.revert`. The copy is of no use until the next swap, as after `rollback`."""
+        self._policy_version = self._previous
+        self._take_back(self._local.revert)
+
+    def settle(self) -> None:
+        """See `WeightSink.settle`. The nodes get the version now, by broadcast."""
+        self._locally(self._local.settle)
         self._end_swap()
         self._nodes.fill(self._copy)
 
     def rollback(self) -> None:
         """See `WeightSink.rollback`."""
         if self._is_swapping:
-            self._copy.rollback()
-            with self._survived():
-                if self._local_swaps:
-                    self._local.rollback()
-            self._end_swap()
+            self._take_back(self._local.rollback)
+
+    def _take_back(self, how: Callable[[], None]) -> None:
+        self._copy.rollback()
+        self._locally(how)
+        self._end_swap()
 
     def _end_swap(self) -> None:
         with self._turn:
             self._is_swapping = self._local_swaps = False
             self._turn.notify_all()
 
-    @contextlib.contextmanager
-    def _survived(self) -> Generator[None, None, None]:
-        """The local server may die; the swap goes on without it."""
+    def _locally(self, step: Callable[[], None]) -> None:
+        """With the local server, if it takes part. It may die; the swap goes on without it."""
         try:
-            yield
+            if self._local_swaps:
+                step()
         except EngineDiedError as error:
             self._local_swaps = False
             self._revive(error)

@@ -83,7 +83,7 @@ class SGLangEngine:
         self._client = SGLangClient(server.url)
         self._weights = WeightCommands(self._client, server.version, server.setup.tp, self._architecture, DTYPES[server.setup.dtype])
         self._memory = ServerMemory(self._client, self._weights, timeout_s=self._timeout_s)
-        self._policy_version = self._prepared = -1
+        self._policy_version = self._prepared = self._previous = -1
         self._digest: str | None = None  # of the committed weights, once somebody asked
         self._generation: Generation | None = None
         self._abort_lock = threading.Lock()
@@ -203,8 +203,17 @@ class SGLangEngine:
     def commit(self) -> None:
         """See `WeightSink.commit`. Nothing computed with the old weights is kept. If it fails, the old ones serve, or the engine died."""
         self._command("commit", self._weights.commit(self._prepared, self._policy_version))
-        self._policy_version = self._prepared
-        self._digest = None
+        self._previous, self._policy_version, self._digest = self._policy_version, self._prepared, None
+
+    def revert(self) -> None:
+        """See `WeightSink.revert`."""
+        self._command("revert", self._weights.revert(self._previous))
+        self._policy_version, self._digest = self._previous, None
+
+    def settle(self) -> None:
+        """See `WeightSink.settle`. Nothing is sent where no memory is held for `revert`."""
+        if self._weights.must_settle:
+            self._command("settle", self._weights.settle())
 
     def rollback(self) -> None:
         """See `WeightSink.rollback`."""

@@ -34,6 +34,7 @@ class WeightCommands:
         self._setup = architecture, dtype
         self._is_set_up = self._session_is_open = False
         self._stream: BucketStream | None = None  # that the receivers know
+        self.must_settle = False  # whether a receiver holds memory that `settle` gives back
         self._num_commits = 0  # the receivers of a commit that failed may have got its number or not
 
     async def run(self, command: str, *arguments: Any) -> list[Any]:
@@ -65,24 +66,34 @@ class WeightCommands:
         """
         self._num_commits += 1
         try:
-            must_settle = any(await self.run("commit", self._num_commits))
+            self.must_settle = any(await self.run("commit", self._num_commits))
             await self._end(flush_cache=True)
             await self._label(policy_version)
         except ServerGoneError:
             raise
         except Exception as error:
             try:
-                await self.run("revert", self._num_commits)
-                await self._end(flush_cache=True)
-                await self._label(previous)
-            except ServerGoneError:
-                raise
-            except Exception as second:
-                raise UnknownWeightsError(f"{error}; going back to version {previous} failed too: {second}") from error
+                await self.revert(previous)
+            except UnknownWeightsError as second:
+                raise UnknownWeightsError(f"{error}; {second}") from error
             raise
-        if must_settle:
-            await self.run("settle")
-            await self._end(flush_cache=False)
+
+    async def revert(self, previous: int) -> None:
+        """Undo the last commit in every process that got so far. Raises: ServerGoneError; UnknownWeightsError."""
+        try:
+            await self.run("revert", self._num_commits)
+            await self._end(flush_cache=True)
+            await self._label(previous)
+        except ServerGoneError:
+            raise
+        except Exception as error:
+            raise UnknownWeightsError(f"going back to version {previous} failed: {error}") from error
+
+    async def settle(self) -> None:
+        """The last commit is final."""
+        await self.run("settle")
+        await self._end(flush_cache=False)
+        self.must_settle = False
 
     async def rollback(self) -> None:
         """Forget the transaction. What was computed with the serving weights stays."""

@@ -85,6 +85,13 @@ class WeightCopy:
         """See `WeightSink.commit`."""
         self.policy_version, self._prepared = self._prepared, -1
 
+    def revert(self) -> None:
+        """See `WeightSink.revert`, but for the version before, which was overwritten."""
+        self.rollback()
+
+    def settle(self) -> None:
+        """See `WeightSink.settle`."""
+
     def rollback(self) -> None:
         """Forget everything: what was here is partly overwritten."""
         self.policy_version = self._prepared = -1
@@ -97,6 +104,7 @@ class WeightCopy:
         for chunk in chunks(self.entries):
             sink.load(self.path, [entry._replace(bucket_start=chunk.start + entry.bucket_start) for entry in chunk.entries])
         sink.commit()
+        sink.settle()
 
     def content(self) -> torch.Tensor:
         """The bytes: [n] uint8, shared with the copy."""

@@ -30,6 +30,7 @@ class ShardedSink:
         self.fault: Callable[[str, torch.Tensor | None], None] = lambda step, slot: None  # called at each step, and may raise
         self._open: dict[int, tuple[BucketStream, SharedBuckets]] = {}
         self._next: tuple[int, list[Parts]] | None = None
+        self._before: tuple[int, list[Parts]] = -1, []
 
     def wanted_regions(self) -> Sequence[Sequence[tuple[str, Region]] | None]:
         return self._wanted
@@ -102,8 +103,15 @@ class ShardedSink:
     def commit(self) -> None:
         self.fault("commit", None)
         assert self._next is not None
+        self._before = self.policy_version, self.parts
         self.policy_version, self.parts = self._next
         self._next = None
+
+    def revert(self) -> None:
+        self.policy_version, self.parts = self._before
+
+    def settle(self) -> None:
+        self._before = -1, []
 
     def rollback(self) -> None:
         self._next = None

@@ -21,6 +21,7 @@ class MemorySink:
         self.on_load = on_load
         self.refuses = ""  # why the next transaction is not begun
         self._next: tuple[int, dict[str, torch.Tensor], dict[str, int]] | None = None
+        self._before: tuple[int, dict[str, torch.Tensor]] = -1, {}
 
     def prepare(self, policy_version: int, tensors: Sequence[TensorMeta]) -> None:
         self.num_prepared += 1
@@ -51,7 +52,14 @@ class MemorySink:
         for name, tensor in weights.items():
             if received.get(name) != tensor.nbytes:
                 raise WeightTransferError(f"tensor {name}: {received.get(name)} of {tensor.nbytes} bytes arrived")
+        self._before = self.policy_version, self.weights
         self.policy_version, self.weights, self._next = version, weights, None
+
+    def revert(self) -> None:
+        self.policy_version, self.weights = self._before
+
+    def settle(self) -> None:
+        self._before = -1, {}
 
     def rollback(self) -> None:
         self._next = None
@@ -84,6 +92,13 @@ class ForkedSink:
     def commit(self) -> None:
         self._call("commit")
         self.policy_version = int(str(self._call("version")))
+
+    def revert(self) -> None:
+        self._call("revert")
+        self.policy_version = int(str(self._call("version")))
+
+    def settle(self) -> None:
+        self._call("settle")
 
     def rollback(self) -> None:
         self._call("rollback")

@@ -180,7 +180,7 @@ def fail_once(owner: Any, name: str, error: Exception | None = None) -> None:
 
 
 RESTORE: list[Any] = []
-STEPS = ["receive", "send", "write", "checksum", "load", "bytes"]
+STEPS = ["receive", "send", "write", "checksum", "load", "bytes", "commit"]
 
 
 def fail_at_every_step(route: SwapRoute, on_device: bool, steps: list[str], timeout_s: float) -> dict[str, str]:
@@ -198,8 +198,8 @@ def fail_at_every_step(route: SwapRoute, on_device: bool, steps: list[str], time
         with pytest.raises(WeightTransferError) as failure, swap.serving(version + 1):
             raise AssertionError("the block must not be entered")
         errors[step] = str(failure.value)
-        if step != "commit":
-            assert_parts(sink, DENSE, version, tp)
+        assert sink.policy_version == version
+        assert_parts(sink, DENSE, version, tp)
         sink.fault = lambda step, slot: None
         while RESTORE:
             RESTORE.pop()()
@@ -212,7 +212,7 @@ def fail_at_every_step(route: SwapRoute, on_device: bool, steps: list[str], time
 @pytest.mark.parametrize(("route", "on_device"), WAYS, ids=IDS)
 def test_a_fault_at_any_step_leaves_all_on_the_old_version(route: SwapRoute, on_device: bool) -> None:
     steps = [step for step in STEPS if route != "host_memory" or step != "send"]
-    ours, theirs = run_ranks(fail_at_every_step, 2, route, on_device, [*steps, "commit"], 120.0)
+    ours, theirs = run_ranks(fail_at_every_step, 2, route, on_device, steps, 120.0)
     assert ours == theirs, "all ranks raise the same"
     for step in steps:
         assert "rank 1, " in ours[step], step

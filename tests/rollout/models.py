@@ -138,6 +138,7 @@ def serve(engine: WeightSink, model: PreTrainedModel, policy_version: int = 0) -
     """A whole swap."""
     send(engine, disk_tensors(model), policy_version)
     engine.commit()
+    engine.settle()
 
 
 def reference_logprobs(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int], temperature: float = 1.0) -> torch.Tensor:

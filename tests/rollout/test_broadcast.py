@@ -47,6 +47,12 @@ class Memory:
         self.step("commit")
         self.serving, self.policy_version = {name: bytes(data) for name, data in self.received.items()}, self.prepared
 
+    def revert(self) -> None:
+        raise AssertionError("a node is not part of the trainer's transaction")
+
+    def settle(self) -> None:
+        self.step("settle")
+
     def rollback(self) -> None:
         self.num_rollbacks += 1
 

@@ -79,7 +79,16 @@ class Receivers:
             for receiver in self.receivers:
                 receiver.run("revert", (self._num_commits,))
             raise
-        self.policy_version = self._prepared
+        self._previous, self.policy_version = self.policy_version, self._prepared
+
+    def revert(self) -> None:
+        for receiver in self.receivers:
+            receiver.run("revert", (self._num_commits,))
+        self.policy_version = self._previous
+
+    def settle(self) -> None:
+        for receiver in self.receivers:
+            receiver.run("settle", ())
 
     def rollback(self) -> None:
         for receiver in self.receivers:

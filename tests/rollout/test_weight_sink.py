@@ -94,6 +94,18 @@ def test_a_damaged_byte_is_found_and_names_bucket_and_tensor(engine: Engine, mod
     assert serves(engine, models[1], 1)
 
 
+def test_a_commit_that_is_reverted_was_never_made(engine: Engine, models: list[PreTrainedModel]) -> None:
+    digest = engine.weights_digest
+    send(engine, disk_tensors(models[1]), 1)
+    engine.commit()
+    assert serves(engine, models[1], 1)
+    engine.revert()
+    assert serves(engine, models[0], 0)
+    assert engine.weights_digest == digest
+    serve(engine, models[2], policy_version=2)
+    assert serves(engine, models[2], 2)
+
+
 def test_an_incomplete_swap_does_not_commit(engine: Engine, models: list[PreTrainedModel], tmp_path: Path) -> None:
     tensors = disk_tensors(models[1])
     filled = buckets(tensors, 1 << 15)
