@@ -40,8 +40,7 @@ class WeightCommands:
     async def run(self, command: str, *arguments: Any) -> list[Any]:
         """What each process answers. Raises: what a receiver raised; RuntimeError if SGLang refused; ServerGoneError."""
         if not self._session_is_open and self._version.has_update_sessions:
-            await self._client.call("/begin_weight_update")
-            self._session_is_open = True
+            await self._begin()
         if not self._is_set_up:
             await self._send("setup", [(*self._setup, index) for index in range(self._tp)])
             self._is_set_up = True
@@ -103,6 +102,16 @@ class WeightCommands:
     async def pause(self) -> None:
         """Close SGLang's session, so that it generates; the transaction stays open, and the next command opens another session."""
         await self._end(flush_cache=False)
+
+    async def _begin(self) -> None:
+        try:
+            await self._client.call("/begin_weight_update")
+        except RuntimeError:
+            if self._is_set_up:
+                raise
+            await self._client.call("/end_weight_update")  # the engine before this one left the server in the middle of a swap
+            await self._client.call("/begin_weight_update")
+        self._session_is_open = True
 
     async def _end(self, *, flush_cache: bool) -> None:
         if self._session_is_open:

@@ -245,7 +245,7 @@ def test_a_comparison_without_end_is_stopped_and_not_graded(answer: str) -> None
     with WorkerPool(1, deadline_s=1.0, max_bytes=WORKER_BYTES, initialise=load) as pool:
         pool.run(len, "", deadline_s=120)
         # The reference has the operation too: the answer is not refused unread
-        reference = r"\sum_{k=1}^{2} k" if "sum" in answer else r"\prod_{k=1}^{2} k" if "prod" in answer else r"\int_0^1 5 dx"
+        reference = r"\sum_{k=1}^{2} k" if "sum" in answer else r"\prod_{k=1}^{2} k" if "prod" in answer else r"\int_0^1 x dx"
         verdict = grade_math(rf"\boxed{{{answer}}}", reference, pool=pool)
     assert not verdict.correct
     assert verdict.graded or "did not end within 1 s" in verdict.reason or "out of memory" in verdict.reason

@@ -68,4 +68,4 @@ def test_decode_attention_is_that_of_each_row_by_itself() -> None:
         alone = decode(
             query[row : row + 1], torch.empty(1, num_heads, size), k_cache, v_cache, slots[row : row + 1], lengths[row : row + 1], 0.3
         )
-        assert torch.equal(alone[0], output[row])
+        assert (alone[0] - output[row]).abs().max() <= 1e-6

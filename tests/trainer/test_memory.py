@@ -191,9 +191,13 @@ def test_whatever_fails_on_the_way_the_state_is_whole(dtype: Any) -> None:
 
 
 def _no_room(config: TrainerConfig) -> str:
-    (trainer,) = trainers_of(MeshConfig(), hf_config(hidden_size=256, intermediate_size=1024), config, 7)
+    # One storage is longer than what malloc may have at hand from before (it maps whatever is longer than 32 MiB)
+    (trainer,) = trainers_of(MeshConfig(), hf_config(hidden_size=512, intermediate_size=4096), config, 7)
     before = state_of(trainer)
     trainer.memory.end_sleep()
+    arena = trainer.memory._arena
+    assert arena is not None
+    assert max(arena.sizes) > 32 << 20
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), limits[1]))
