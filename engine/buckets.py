@@ -26,7 +26,7 @@ from tandem.engine.types import TensorMeta, WeightSink
 
 Region = tuple[tuple[int, int], ...]  # (start, stop) of every dimension of a tensor
 
-NUM_SLOTS = 4  # one is written, one is read, and two are ready, so that neither side waits for the other's every bucket
+NUM_SLOTS = 3  # one is written, one is read, and one is ready, so that neither side waits for the other's every bucket
 MAX_PROCESSES = 32  # of one engine
 _LINE = 40  # int64 per rank: whole cache lines, so that ranks do not slow each other down
 _YIELDS = 20  # turns of a wait that only yield the core; more would keep it from those that are waited for
