@@ -29,8 +29,8 @@ def test_two_iterations_with_sglang_train_on_logprobs_that_are_the_trainers(tmp_
     steps = steps_of(tmp_path / "run")
     assert [step["step"] for step in steps] == [0, 1]
     for step in steps:
-        # Two float32 implementations that add in a different order: 2.3e-5 is the most that a token of a whole toy run differed by.
-        assert step["train/logprob_diff_max"] <= 5e-5
+        # Two float32 implementations that add in a different order: the project's bound on train against rollout.
+        assert step["train/logprob_diff_max"] <= 1e-5
         assert step["rollout/new_tokens"] > 0
         assert step["memory/serve/trainer_bytes"] == 0 < step["memory/train/trainer_bytes"]
     assert server_processes() <= before
@@ -49,6 +49,6 @@ def test_over_swaps_at_a_learning_rate_of_0_the_difference_stays_flat(tmp_path: 
     run_ranks(train, 2, dataclasses.replace(config, rollout=rollout, trainer=trainer, sft=warm_start), timeout_s=1200)
     means = [step["train/logprob_diff_mean"] for step in steps_of(tmp_path / "run")]
     assert len(means) == 5
-    assert max(step["train/logprob_diff_max"] for step in steps_of(tmp_path / "run")) <= (1e-5 if engine == "embedded" else 5e-5)
+    assert max(step["train/logprob_diff_max"] for step in steps_of(tmp_path / "run")) <= 1e-5
     # Other tokens each time, so not the same number; an error that each swap adds to would be five times the first.
     assert 0 < max(means) <= 2.5 * min(means)

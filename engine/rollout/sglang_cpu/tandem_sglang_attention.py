@@ -50,7 +50,7 @@ def decode(
     """One query per row against the row's keys.
 
     Rows are padded to powers of two, and those of equal padded length are computed together: what a row gets does not depend on which other
-    lengths are there.
+    lengths are there (with one thread, which a server has by default).
 
     Args:
         query, output: [rows, heads, head size]; output is written.
