@@ -14,6 +14,8 @@ from plotly.offline import get_plotlyjs
 from tandem.engine.log import METRICS_FILE, read_metrics
 from tandem.engine.plots import Figure, figures
 from tandem.engine.progress import duration
+from tandem.engine.timeline import figure as iteration_figure
+from tandem.engine.timeline import newest_iteration
 
 MAX_COMPARED_PROMPTS = 8
 GIB = 1 << 30
@@ -114,7 +116,8 @@ def write_report(run_dir: Path) -> Path:
             raise FileNotFoundError(f"{run_dir} is no run folder, or its run has not begun: it has no {name}")
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     lines = read_metrics(run_dir)
-    page = _page(config, lines, first_and_last(run_dir / "rollouts"))
+    iteration = iteration_figure(newest_iteration(run_dir))
+    page = _page(config, lines, first_and_last(run_dir / "rollouts"), [iteration] if iteration else [])
     path = run_dir / "report.html"
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(page, encoding="utf-8")
@@ -173,9 +176,12 @@ def _sample(path: Path, step: int, prompt_id: str) -> Sample:
     )
 
 
-def _page(config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[Sample, Sample]]) -> str:
+def _page(
+    config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[Sample, Sample]], others: Sequence[Figure]
+) -> str:
+    """The whole page; `others` are figures that do not come out of the metrics."""
     rows, warm_start = merge_by_step(lines), [line for line in lines if line["step"] < 0]
-    plots = figures(rows, warm_start)
+    plots = [*figures(rows, warm_start), *others]
     name = html.escape(str(config["name"]))
     cards, calls = [], []
     for index, figure in enumerate(plots):

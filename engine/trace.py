@@ -71,11 +71,14 @@ def part_path(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}.json"
 
 
-def read_part(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of one part. An unfinished last line is left out."""
-    with path.open(encoding="utf-8") as file:
+def read_part(path: Path, *, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """The events of one part; with `last_bytes`, those that lie whole in so many at its end. An unfinished last line is left out."""
+    with path.open("rb") as file:
+        if last_bytes is not None and last_bytes < path.stat().st_size:
+            file.seek(-last_bytes, os.SEEK_END)
+            file.readline()
         for line in file:
-            if line.endswith(",\n"):
+            if line.endswith(b",\n"):
                 yield json.loads(line[:-2])
 
 
