@@ -40,6 +40,9 @@ class NodeOptions:
     def __post_init__(self) -> None:
         for field, least in (("tp", 1), ("first_gpu", 0), ("threads", 1), ("wait_s", 0), ("idle_s", 0), ("grace_s", 0)):
             check(getattr(self, field) >= least, field, getattr(self, field), f"it must be at least {least}")
+        for field in ("port", "control_port"):
+            port = getattr(self, field)
+            check(port is None or 0 < port < 1 << 16, field, port, "it must lie between 1 and 65535, or be None")
         check(self.batch is None or self.batch >= 1, "batch", self.batch, "it must be at least 1, or None")
         rule = "it becomes a file's: letters, digits, . _ and - only, not beginning with a dot"
         check(self.name is None or _NAME.fullmatch(self.name) is not None, "name", self.name, rule)

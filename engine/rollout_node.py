@@ -7,10 +7,12 @@ version and asks its server for responses. Commands come over HTTP and show the 
     POST /take_weights      come to a broadcast, verify everything in the engine, commit; or keep the old weights and say why
     POST /release           it has no requests left and may go
 
-SIGTERM or Ctrl-C: it leaves after its present requests. What it was generating when it is killed is generated elsewhere.
+SIGTERM or Ctrl-C: it leaves after its present requests; at once where it has none yet, or when asked again. What it was generating when it
+is killed is generated elsewhere.
 """
 
 import dataclasses
+import errno
 import hmac
 import json
 import os
@@ -19,8 +21,10 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import uvicorn
 from fastapi import Body, FastAPI
@@ -35,7 +39,7 @@ from tandem.engine.node_config import NodeOptions
 from tandem.engine.rollout.broadcast import BroadcastError, Meeting, address_towards, receive
 from tandem.engine.rollout.nodes import FOLDER, PROTOCOL, Announcement, model_digest, write_announcement
 from tandem.engine.rollout.sglang import SGLangEngine
-from tandem.engine.rollout.sglang_server import ServerSetup, SGLangServer, free_port
+from tandem.engine.rollout.sglang_server import ServerSetup, SGLangServer
 from tandem.engine.rollout.weights import DTYPES
 from tandem.engine.types import EngineDiedError, TensorMeta
 
@@ -62,7 +66,7 @@ class Node:
         app = FastAPI(title="Tandem rollout node", docs_url=None, redoc_url=None)
 
         def heard(body: dict[str, Any]) -> None:
-            if not hmac.compare_digest(str(body.get("secret")), self.secret):
+            if not hmac.compare_digest(str(body.get("secret")).encode(), self.secret.encode()):
                 raise HTTPException(403, "the secret is wrong; it is in the node's announcement")
             self.heard_s = time.monotonic()
 
@@ -116,8 +120,9 @@ def run_node(run: Path, options: NodeOptions) -> None:
     """Until it is stopped, or nobody asks for it any more.
 
     Raises: ValueError or FileNotFoundError for a folder that is no run with SGLang, or an address that is not this machine's; RunEnded when
-        the server does not start.
+        the server does not start; SystemExit when a signal comes before it is announced.
     """
+    _on_signals(_leave_at_once)
     config = _read_run(run, options.wait_s)
     hf_config = hf_config_of(config.model, load_tokenizer(config.model.path))
     host = address_towards(_ELSEWHERE) if options.host is None else options.host
@@ -141,22 +146,19 @@ def run_node(run: Path, options: NodeOptions) -> None:
         host=host,
         log_path=run / "logs" / f"node_{name}.log",
     )
-    control_port = free_port(options.control_port, host)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     rollout = dataclasses.replace(config.rollout, tp=options.tp, sglang=sglang)
+    listener = _listen(host, options.control_port)
     server = SGLangServer(setup)
-    with SGLangEngine(server, rollout, stop_token_ids=(), timeout_s=config.swap.timeout_s) as engine:
+    with listener, SGLangEngine(server, rollout, stop_token_ids=(), timeout_s=config.swap.timeout_s) as engine:
         node = Node(engine)
-        control = uvicorn.Server(uvicorn.Config(node.app(), host=host, port=control_port, log_level="warning"))
-        thread = threading.Thread(target=control.run, daemon=True, name="control")
+        control = uvicorn.Server(uvicorn.Config(node.app(), log_level="warning"))
+        thread = threading.Thread(target=control.run, kwargs={"sockets": [listener]}, daemon=True, name="control")
         thread.start()
         try:
             digest = model_digest(hf_config, dtype=config.trainer.dtype, context_length=config.model.context_length)
-            fields = {"protocol": PROTOCOL, "name": name, "host": host, "control_port": control_port, "secret": node.secret}
+            fields = {"protocol": PROTOCOL, "name": name, "host": host, "control_port": listener.getsockname()[1], "secret": node.secret}
             fields |= {"sglang": server.version.text, "model": digest, "max_batch": batch}
-            _live(node, run / FOLDER, fields, options, stop)
+            _live(node, run / FOLDER, fields, options)
         except EngineDiedError as error:
             raise RunEnded(f"rollout node {name}: {error}") from error
         finally:
@@ -179,18 +181,43 @@ def _read_run(run: Path, wait_s: float) -> RunConfig:
     return config
 
 
-def _live(node: Node, folder: Path, fields: dict[str, Any], options: NodeOptions, stop: threading.Event) -> None:
+def _listen(host: str, port: int | None) -> socket.socket:
+    """For the commands: nobody else takes the port from now on. Raises: ValueError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, 0 if port is None else port))
+    except OSError as error:
+        listener.close()
+        if error.errno != errno.EADDRINUSE:
+            raise ValueError(f"{host} is no address that this machine can listen on ({error}); give one of its own as --host") from error
+        raise ValueError(f"port {port} is in use ({error}); choose another --control_port, or none for any that is free") from error
+    return listener
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], object]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)  # as a shell tells of it; what was started is stopped on the way out
+
+
+def _live(node: Node, folder: Path, fields: dict[str, Any], options: NodeOptions) -> None:
     """Be announced while the server is healthy; leave when told to."""
-    path = folder / f"{fields['name']}.json"
+    path, stop = folder / f"{fields['name']}.json", threading.Event()
     try:
         while not stop.is_set():
             if not node.engine.is_alive:
                 path.unlink(missing_ok=True)
+                _on_signals(_leave_at_once)
                 print("the SGLang server died and is started again", flush=True)
                 node.replace_server()
             node.engine.wait_until_ready()
             if node.state != "serving":
-                node.state = "serving"
+                _on_signals(lambda *_: stop.set())
+                node.state, node.heard_s = "serving", time.monotonic()
                 start = f"{fields['name']}-{secrets.token_hex(4)}"
                 write_announcement(folder, Announcement(**fields, start=start, port=node.engine.server.port))
                 print(f"rollout node {fields['name']} is announced in {path}: {node.engine.server.url}", flush=True)
@@ -198,6 +225,7 @@ def _live(node: Node, folder: Path, fields: dict[str, Any], options: NodeOptions
                 print(f"nobody asked for {options.idle_s:g} s: the node ends", flush=True)
                 return
             stop.wait(_POLL_S)
+        _on_signals(_leave_at_once)
         path.unlink(missing_ok=True)
         node.state, deadline = "leaving", time.monotonic() + options.grace_s
         print(f"leaving after the present responses, in at most {options.grace_s:g} s", flush=True)

@@ -46,7 +46,7 @@ class Waves:
         return self._thread.is_alive() and not self._is_closing
 
     def submit(self, requests: Sequence[GenerationRequest]) -> Job:
-        """Ids must differ from those of all other requests. The future raises what `generate` raises, as RuntimeError when closed."""
+        """Ids must differ from those of all other requests. The future raises what `generate` raises; `close` cancels what waits."""
         job = Job(tuple(requests))
         self._queue.put(job)
         if not self.is_alive:
@@ -73,11 +73,12 @@ class Waves:
             jobs = [self._queue.get()]
             while not self._queue.empty():
                 jobs.append(self._queue.get())
-            wave = [job for job in jobs if job is not None and job.future.set_running_or_notify_cancel()]
             if self._is_closing:
-                _fail(wave, RuntimeError("the server is stopping"))
-            elif wave:
+                _cancel(jobs)
+            elif wave := [job for job in jobs if job is not None and job.future.set_running_or_notify_cancel()]:
                 self._generate(wave)
+        while not self._queue.empty():  # what arrived during the last wave
+            _cancel([self._queue.get()])
 
     def _generate(self, wave: list[Job]) -> None:
         job_of = {request.request_id: job for job in wave for request in job.requests}
@@ -94,6 +95,12 @@ class Waves:
         # Whatever it is, it is these requests' end and not the server's: the next wave starts anew.
         except Exception as error:
             _fail(wave, error)
+
+
+def _cancel(jobs: Sequence[Job | None]) -> None:
+    for job in jobs:
+        if job is not None:
+            job.future.cancel()
 
 
 def _fail(jobs: Sequence[Job], error: Exception) -> None:

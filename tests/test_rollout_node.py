@@ -4,10 +4,11 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ DIGEST = model_digest(HF_CONFIG, dtype=CONFIG.trainer.dtype, context_length=128)
 PATIENCE_S = 400.0  # for a server to start where everything else runs too
 
 
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A node that runs in this process takes them over."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def a_model(seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     fields: dict[str, Any] = HF_CONFIG | {"initializer_range": 0.2}
@@ -68,9 +78,9 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
 class NodeProcess:
     """As a user starts one."""
 
-    def __init__(self, run: Path, name: str) -> None:
+    def __init__(self, run: Path, name: str, *options: str) -> None:
         self.path, self.out = run / "nodes" / f"{name}.json", run / f"{name}.out"
-        command = [sys.executable, "-m", "tandem.engine.cli", "rollout-node", str(run), "--name", name, "--host", "127.0.0.1"]
+        command = [sys.executable, "-m", "tandem.engine.cli", "rollout-node", str(run), "--name", name, "--host", "127.0.0.1", *options]
         with self.out.open("w") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out)
 
@@ -165,11 +175,33 @@ def test_a_node_whose_server_never_becomes_healthy_ends_and_was_never_announced(
     wait_for(lambda: server_processes() <= before, "a server is left")
 
 
+@pytest.mark.slow  # imports torch in another process
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_node_that_is_stopped_before_its_server_is_healthy_leaves_at_once(number: signal.Signals, tmp_path: Path) -> None:
+    """The interpreter says that it has SGLang, and its server never answers."""
+    before = server_processes()
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nif [ "$1" = -c ]; then echo 0.5.21; else exec sleep 1000; fi\n')
+    python.chmod(0o755)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+    node = NodeProcess(tmp_path, "early", "--python", str(python))
+    try:
+        wait_for(lambda: server_processes() - before or node.process.poll() is not None, "the node never starts a server")
+        node.process.send_signal(number)
+        assert node.process.wait(PATIENCE_S) == 128 + number, node.out.read_text()
+    finally:
+        node.kill()
+    assert not node.path.exists()
+    wait_for(lambda: server_processes() <= before, "a server is left")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--name", "../x"], "name is '../x'; it becomes a file's: letters, digits, . _ and - only, not beginning with a dot"),
         (["--tp", "0"], "tp is 0; it must be at least 1"),
+        (["--control_port", "70000"], "control_port is 70000; it must lie between 1 and 65535, or be None"),
         (["--wait_s", "0"], "config.json is not there after 0 s; name the folder of a run, on a file system that both share"),
     ],
 )
@@ -202,3 +234,16 @@ def test_an_address_of_another_machine_is_refused(tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit):
         main(["rollout-node", str(tmp_path), "--host", "192.0.2.1"])
     assert "192.0.2.1 is no address that this machine can listen on" in capsys.readouterr().err
+
+
+def test_a_port_for_commands_that_is_in_use_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(SystemExit):
+            main(["rollout-node", str(tmp_path), "--host", "127.0.0.1", "--control_port", str(port)])
+    said = capsys.readouterr().err
+    assert f"port {port} is in use" in said
+    assert "choose another --control_port" in said

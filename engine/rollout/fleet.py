@@ -279,7 +279,7 @@ class FleetEngine:
                 self._say(f"{self._local.server.name} is back with {with_weights}")
             except Exception as again:  # whatever it is, a generation may be waiting for this to end
                 error = again if isinstance(again, EngineDiedError) else EngineDiedError(f"{self._local.server.name}: {again}")
-        if not serves:
+        if not is_back:
             self._is_reviving = False
         with contextlib.suppress(RuntimeError):  # closed
             self._client.submit(self._wake())
@@ -289,6 +289,7 @@ class FleetEngine:
         with self._turn:
             self._turn.wait_for(lambda: not self._is_swapping)
             if self._copy.policy_version < 0 or self._copy.policy_version != self._policy_version:
+                self._is_reviving = False  # in the same moment: the next swap must take it along
                 return False
             self._is_refilling = True
         try:

@@ -78,11 +78,12 @@ class JoinedNodes:
         with self._lock:
             node = self._assigned.pop(name, None)
             self._serving.pop(name, None)
-        if node is not None:
+            if node is None:
+                return
             self._failures[node.start] += 1
             again = self._failures[node.start] < _MAX_FAILURES
-            then = "it may join again with the next iteration" if again else "it is left alone until it is started again"
-            self._say(f"rollout node {name} ({node.control_url}) {reason}; it is dropped, {then}")
+        then = "it may join again with the next iteration" if again else "it is left alone until it is started again"
+        self._say(f"rollout node {name} ({node.control_url}) {reason}; it is dropped, {then}")
 
     def _fill(self, nodes: list[Announcement], copy: WeightCopy) -> None:
         left = self._answering(nodes)
@@ -116,7 +117,7 @@ class JoinedNodes:
         reached = next((node.host for node in nodes if not node.host.startswith("127.")), nodes[0].host)
         try:
             sender = Sender(address_towards(reached), len(nodes), self._timeout_s)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch.distributed's are the latter
             for node in nodes:
                 self.drop(node.name, f"is at {node.host}, where no way leads ({error})")
             return []
