@@ -6,15 +6,22 @@ Every rank leads one engine: an embedded one (a child process), or a real SGLang
 what all engines receive together. Swap and copy alternate, so that both meet the same load of the machine. The copy is one process, one
 thread, whole tensors (torch's `copy_`) into memory that was touched before. "first" are the first two swaps: each fills one of the
 engine's two copies of the weights for the first time, and the first also plans and opens the shared memory. The engines verify every
-checksum before they commit, so a swap that ended moved the right bytes;
+checksum before they commit, so a swap that ended moved the right bytes.
 
 Where the time of a swap goes: buckets (from the first one's writing to the last one's verifying), commit, and the rest (agreement of the
-ranks). "leave" is the switch back. All are in the trace too, as phases. Memory: the most that either process held during the swaps, over
-what it held before the first one and, for the engine, the copies of its weights that come with the first two swaps; the shared buckets are
-counted once.
+ranks). "leave" is the switch back. All are in the trace too, as phases.
+
+Memory of rank 0 and of its engine's process that holds the weights:
+
+extra   what a swap needs while it runs, from the third one on: the shared buckets (pages of the memory that they lie in, counted once) and
+        the peaks of both processes over what they held before
+kept    what the first two swaps left in the trainer's and in the engine's process: the plan, and who copies what. Anonymous memory;
+        without the copies of the weights: a second one that SGLang receives into, two of the embedded engine, which starts without any (in
+        bfloat16 with its float32 head, of which there is one)
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -33,7 +40,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tandem.engine.buckets import NUM_SLOTS, BucketStream
+from tandem.engine.buckets import BucketStream
 from tandem.engine.checkpoint.names import NameMap
 from tandem.engine.checkpoint.swap import WeightSwap
 from tandem.engine.config import LogConfig, RolloutConfig, SGLangConfig, SwapConfig
@@ -101,19 +108,39 @@ class Source:
 
 
 class Memory:
-    """Peak resident memory of a process, from the moment this is made."""
+    """Of a process."""
 
     def __init__(self, pid: int) -> None:
-        self._status = Path(f"/proc/{pid}/status")
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
-        self.before = self._kib("VmRSS")
+        self._folder = Path(f"/proc/{pid}")
+        self._before = 0
 
+    @property
+    def anonymous(self) -> int:
+        """Bytes that are not pages of files: libraries' code is mapped when it first runs, and no swap's."""
+        return self._bytes("smaps_rollup", "Anonymous")
+
+    def watch(self) -> None:
+        """Let the peak begin anew."""
+        (self._folder / "clear_refs").write_text("5")
+        self._before = self._bytes("status", "VmRSS")
+
+    @property
     def growth(self) -> int:
-        """Bytes of the peak over the beginning."""
-        return (self._kib("VmHWM") - self.before) << 10
+        """Bytes of the peak over what was held when the watch began."""
+        return self._bytes("status", "VmHWM") - self._before
 
-    def _kib(self, field: str) -> int:
-        return int(next(line for line in self._status.read_text().splitlines() if line.startswith(field)).split()[1])
+    def _bytes(self, file: str, field: str) -> int:
+        return int(next(line for line in (self._folder / file).read_text().splitlines() if line.startswith(field)).split()[1]) << 10
+
+
+def shared_bytes() -> int:
+    """What the buckets that this process has open take."""
+    opened = list[os.stat_result]()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if link.readlink().name.startswith("memfd:tandem-swap"):
+                opened.append(link.stat())
+    return sum({status.st_ino: status.st_blocks * 512 for status in opened}.values())
 
 
 def largest_child(pid: int) -> int:
@@ -183,8 +210,8 @@ def measure(kind: str, hf_config: Mapping[str, Any], dtype: str, config: SwapCon
     assert dist.group.WORLD is not None
     log = RunLog(Path(folder), rank=rank, num_ranks=num_ranks, config=LogConfig(progress=False, tensorboard=False), num_steps=repeats + 2)
     swap = WeightSwap(source, timed, config, control_group=dist.group.WORLD, log=log)
-    ours = Memory(os.getpid())
-    theirs = Memory(largest_child(engine.server.pid if isinstance(engine, SGLangEngine) else engine.pid))
+    memories = [Memory(os.getpid()), Memory(largest_child(engine.server.pid if isinstance(engine, SGLangEngine) else engine.pid))]
+    kept = [-memory.anonymous for memory in memories]
     spent: dict[str, list[float]] = {name: [] for name in ("swap_s", "copy_s", "buckets_s", "commit_s", "leave_s")}
     digest: str | None = None
     for version in range(repeats + 2):
@@ -202,6 +229,10 @@ def measure(kind: str, hf_config: Mapping[str, Any], dtype: str, config: SwapCon
             serving.__exit__(None, None, None)
         spent["leave_s"].append(time.perf_counter() - started_s)
         dist.barrier()
+        if version == 1:
+            for index, memory in enumerate(memories):
+                kept[index] += memory.anonymous
+                memory.watch()
         started_s = time.perf_counter()
         for targets in copies:
             for target, tensor in zip(targets, tensors, strict=True):
@@ -211,14 +242,16 @@ def measure(kind: str, hf_config: Mapping[str, Any], dtype: str, config: SwapCon
     assert stats is not None
     assert engine.policy_version == repeats + 1
     assert digest is not None
-    num_copies = 1 if kind == "sglang" else 2  # that the engine does not have at its start
-    shared_bytes = NUM_SLOTS * config.bucket_bytes
-    extra_bytes = ours.growth() + max(0, theirs.growth() - num_copies * stats.num_bytes // num_ranks) - shared_bytes
+    kept[1] -= (1 if kind == "sglang" else 2) * stats.num_bytes // num_ranks
+    if kind == "embedded" and dtype == "bfloat16":
+        kept[1] -= hf_config["vocab_size"] * hf_config["hidden_size"] * 4
+    extra_bytes = shared_bytes() + sum(memory.growth for memory in memories)
     swap.close()
     engine.close()
     log.close()
     first = spent["swap_s"][:2]
-    return {"bytes": stats.num_bytes, "buckets": stats.num_buckets, "route": stats.route, "first_s": first, "extra_bytes": extra_bytes} | {
+    memory = {"extra_bytes": extra_bytes, "kept_bytes": kept}
+    return {"bytes": stats.num_bytes, "buckets": stats.num_buckets, "route": stats.route, "first_s": first, **memory} | {
         name: seconds[2:] for name, seconds in spent.items()
     }
 
@@ -239,8 +272,8 @@ def main() -> None:
     print(
         "| engine | model | ranks | bytes received | buckets | swap ms (min–max) | GB/s | copy ms (min–max) | GB/s | swap / copy |", end=""
     )
-    print(" of it buckets, commit ms | leave ms | extra memory | first ms |")
-    print("|" + "---|" * 14)
+    print(" of it buckets, commit ms | leave ms | extra memory | kept: trainer, engine | first ms |")
+    print("|" + "---|" * 15)
     models = (("toy", TOY), (f"{args.megabytes} MiB", large_model(args.megabytes, getattr(torch, args.dtype).itemsize)))
     for kind in args.engines:
         for label, model in models if kind == "embedded" else models[1:]:
@@ -269,6 +302,7 @@ def report(found: Mapping[str, Any], about: Mapping[str, Any], kib: int) -> None
         "copy_min_s": min(found["copy_s"]),
         "ratio": median["swap_s"] / median["copy_s"],
         "extra_bytes": found["extra_bytes"],
+        "kept_bytes": found["kept_bytes"],
         "first_s": found["first_s"],
     }
     cells = [
@@ -276,7 +310,8 @@ def report(found: Mapping[str, Any], about: Mapping[str, Any], kib: int) -> None
         for name in ("swap_s", "copy_s")
     ]
     split = f"{median['buckets_s'] * 1e3:.1f}, {median['commit_s'] * 1e3:.1f} | {median['leave_s'] * 1e3:.2f}"
-    extra = f"{found['extra_bytes'] / 2**20:.1f} MiB = {found['extra_bytes'] / (kib << 10):.1f} buckets"
+    extra = f"{found['extra_bytes'] / 2**20:.2f} MiB = {found['extra_bytes'] / (kib << 10):.2f} buckets"
+    extra += " | " + ", ".join(f"{num_bytes / 2**20:.1f} MiB" for num_bytes in found["kept_bytes"])
     first = ", ".join(f"{s * 1e3:.0f}" for s in found["first_s"])
     size = f"{found['bytes']:,} | {found['buckets']} × {kib} KiB"
     left = f"| {about['engine']} | {about['model']} {about['dtype']} | {about['ranks']} | {size}"

@@ -331,6 +331,8 @@ def _checksum_ranks(bucket: Sequence[Entry], pieces: Sequence[Piece]) -> tuple[i
 def intersection(first: Region, second: Region) -> Region | None:
     """What two regions of a tensor have in common, None if nothing."""
     common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(first, second, strict=True))
+    if common == second:
+        return second  # of many there is one object
     return common if all(start < stop for start, stop in common) else None
 
 

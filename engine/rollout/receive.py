@@ -12,7 +12,6 @@ from tandem.engine.buckets import (
     CHECKSUMMED,
     LOADED,
     NUM_SLOTS,
-    BucketSlice,
     BucketStream,
     PeerFailed,
     SharedBuckets,
@@ -21,8 +20,6 @@ from tandem.engine.rollout.weights import ModelWeights, tensor_metas
 from tandem.engine.types import BucketEntry, TensorMeta, WeightTransferError
 
 _MAX_MAPPINGS = 16  # of buckets; a sender has a few, and a restarted one brings new files
-
-Move = tuple[memoryview, memoryview]  # (destination, source) of one slice
 
 
 class OpenStream:
@@ -74,11 +71,10 @@ class WeightStore:
         self.serving: ModelWeights | None = None
         self._spare: ModelWeights | None = None
         self._receiving: ModelWeights | None = None
-        self._received: dict[str, list[tuple[int, int]]] = {}  # name: byte ranges [start, end)
+        self._received: dict[str, list[tuple[int, int]]] = {}  # name: byte ranges [start, end), neighbours joined
         self._failed = False
         self._mappings = Mappings()
         self._stream: OpenStream | None = None
-        self._moves: list[tuple[ModelWeights, list[list[Move]]]] = []  # of the stream, for each of at most two copies
 
     def prepare(self, policy_version: int, tensors: Sequence[TensorMeta]) -> None:
         """Begin a transaction. Raises: WeightTransferError naming the tensor that is not the model's."""
@@ -87,7 +83,7 @@ class WeightStore:
 
     def _begin(self, policy_version: int) -> ModelWeights:
         self.rollback()
-        self._receiving = self._spare or ModelWeights(self.architecture, self.dtype)
+        self._receiving = self._spare or ModelWeights(self.architecture, self.dtype, other=self.serving)
         self._spare = None
         self._receiving.policy_version = policy_version
         self._received = {name: [] for name in self._receiving.named}
@@ -102,7 +98,7 @@ class WeightStore:
         if stream is not None:
             if self._stream is not None:
                 self._stream.close()
-                self._stream, self._moves = None, []
+                self._stream = None
             check_tensors(self._expected, stream.tensors)
             self._stream = OpenStream(stream)
         assert self._stream is not None, "the first swap brings the stream"
@@ -111,16 +107,18 @@ class WeightStore:
         opened = self._stream
 
         def load(number: int, checksums: list[int]) -> tuple[int, str] | None:
-            moves = self._moves_into(opened, receiving)[number]
-            for index, (move, checksum) in enumerate(zip(moves, checksums, strict=True)):
-                wrong = _move(move, checksum)
+            # Slices are made again for every swap: kept ones would take a KiB for every entry and copy of the weights.
+            slot = opened.shared.memories[number % NUM_SLOTS]
+            for index, (part, checksum) in enumerate(zip(opened.stream.buckets[number], checksums, strict=True)):
+                end = part.tensor_start + part.num_bytes
+                source = slot[part.bucket_start : part.bucket_start + part.num_bytes]
+                wrong = _move(receiving.bytes[part.name][part.tensor_start : end], source, checksum)
                 if wrong:
                     return index, wrong
+                note_received(self._received[part.name], part.tensor_start, end)
             return None
 
         opened.take_over(load, swap, first_ticket)
-        for part in (part for bucket in opened.stream.buckets for part in bucket):
-            self._received[part.name].append((part.tensor_start, part.tensor_start + part.num_bytes))
         self._failed = False
 
     def load(self, path: str, entries: Sequence[BucketEntry]) -> None:
@@ -136,29 +134,16 @@ class WeightStore:
             self._load_entry(path, bucket, self._receiving, entry)
         self._failed = False
 
-    def _moves_into(self, stream: OpenStream, weights: ModelWeights) -> list[list[Move]]:
-        for known, moves in self._moves:
-            if known is weights:
-                return moves
-
-        def move(number: int, part: BucketSlice) -> Move:
-            source = stream.shared.memories[number % NUM_SLOTS][part.bucket_start : part.bucket_start + part.num_bytes]
-            return weights.bytes[part.name][part.tensor_start : part.tensor_start + part.num_bytes], source
-
-        moves = [[move(number, part) for part in bucket] for number, bucket in enumerate(stream.stream.buckets)]
-        self._moves.append((weights, moves))
-        return moves
-
     def _load_entry(self, path: str, bucket: memoryview, receiving: ModelWeights, entry: BucketEntry) -> None:
         tensor = receiving.bytes.get(entry.name)
         source = source_of(path, bucket, entry, None if tensor is None else tensor.nbytes)
         if tensor is None or not source:
             return
         end = entry.tensor_start + entry.num_bytes
-        wrong = _move((tensor[entry.tensor_start : end], source), entry.checksum)
+        wrong = _move(tensor[entry.tensor_start : end], source, entry.checksum)
         if wrong:
             raise WeightTransferError(f"bucket {path}: tensor {entry.name}, bytes {entry.tensor_start}:{end}: {wrong}")
-        self._received[entry.name].append((entry.tensor_start, end))
+        note_received(self._received[entry.name], entry.tensor_start, end)
 
     def commit(self) -> int:
         """Flip. Returns the new policy version. Raises: WeightTransferError naming the first incomplete tensor."""
@@ -176,6 +161,8 @@ class WeightStore:
     def take_back(self) -> None:
         """Undo the last commit: what served before it serves again (nothing, before the second). No transaction may be open since."""
         self.serving, self._spare = self._spare, self.serving
+        if self.serving is not None:
+            self.serving.finish()
 
     def rollback(self) -> None:
         """Forget the transaction, if there is one."""
@@ -183,9 +170,8 @@ class WeightStore:
             self._spare, self._receiving = self._receiving, None
 
 
-def _move(move: Move, checksum: int) -> str:
+def _move(target: memoryview, source: memoryview, checksum: int) -> str:
     """Copy, and verify what arrived."""
-    target, source = move
     target[:] = source  # libc's copy: half the time of torch's and of preadv
     return difference(target, checksum)
 
@@ -211,6 +197,13 @@ def source_of(path: str, bucket: memoryview, entry: BucketEntry, tensor_bytes: i
     if len(source) < entry.num_bytes:
         raise WeightTransferError(f"bucket {path} ends within tensor {entry.name}: {len(source)} of {entry.num_bytes} bytes")
     return source
+
+
+def note_received(received: list[tuple[int, int]], start: int, end: int) -> None:
+    """Add a byte range; one that follows the last is joined to it."""
+    if received and received[-1][1] == start:
+        start = received.pop()[0]
+    received.append((start, end))
 
 
 def gaps(received: Sequence[tuple[int, int]], num_bytes: int) -> Iterator[tuple[int, int]]:

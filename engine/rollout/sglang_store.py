@@ -8,12 +8,23 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 import xxhash
 
 from tandem.engine.buckets import NUM_SLOTS, BucketSlice, BucketStream, Region
-from tandem.engine.rollout.receive import Mappings, OpenStream, check_tensors, difference, gaps, incomplete, source_of, unequal
+from tandem.engine.rollout.receive import (
+    Mappings,
+    OpenStream,
+    check_tensors,
+    difference,
+    gaps,
+    incomplete,
+    note_received,
+    source_of,
+    unequal,
+)
 from tandem.engine.rollout.sglang_spare import Parameters
 from tandem.engine.rollout.sglang_trace import Trace, TracedCopy
 from tandem.engine.rollout.strided import StridedCopy, View, box_of, normal, part_of, read_through, row_major
@@ -24,29 +35,47 @@ from tandem.kernels.checksum import Checksums
 Memories = tuple[memoryview | None, torch.Tensor]
 
 
-@dataclass(slots=True)
+class ByteCopy(NamedTuple):
+    """Neighbours of an entry that become neighbours of a parameter, in bytes.
+
+    Numbers, of which memoryviews are made as they are copied: kept ones would take a KiB for every entry.
+    """
+
+    target: int  # index of the parameter
+    to_byte: int
+    first: int  # in the entry
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class EntryLoad:
     """What becomes of one entry."""
 
-    source: memoryview | None  # None: it lies on a device, and has been verified there
-    whole: memoryview | None  # where it goes, if that is one piece
-    plain: list[tuple[memoryview, memoryview]]
-    strided: list[tuple[torch.Tensor, torch.Tensor]]
+    start: int  # in the bucket
+    num_bytes: int
+    plain: tuple[ByteCopy, ...]
+    strided: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # (target in one of the two sets of parameters, source)
 
-    def run(self, checksum: int) -> str:
-        """Verify and copy. Returns what is wrong ("" if nothing)."""
-        if self.source is None:
-            wrong = ""
-        elif self.whole is not None:
-            self.whole[:] = self.source  # verified where it arrived, while it is in the cache
-            return difference(self.whole, checksum)
-        else:
-            wrong = difference(self.source, checksum)
-        if not wrong:
-            for target, source in self.plain:
-                target[:] = source
-            for target, source in self.strided:
-                target.copy_(source)
+    def run(self, bucket: memoryview | None, memory_of: Callable[[int], memoryview], checksum: int) -> str:
+        """Verify and copy. Returns what is wrong ("" if nothing).
+
+        Args:
+            bucket: None where it lies on a device, and has been verified there.
+            memory_of: the bytes of the parameter of this index that receives.
+        """
+        wrong = ""
+        if bucket is not None:
+            source = bucket[self.start : self.start + self.num_bytes]
+            if not self.strided and len(self.plain) == 1 and self.plain[0].num_bytes == self.num_bytes:
+                copy = self.plain[0]
+                arrived = memory_of(copy.target)[copy.to_byte : copy.to_byte + copy.num_bytes]
+                arrived[:] = source  # verified where it arrived, while it is in the cache
+                return difference(arrived, checksum)
+            wrong = difference(source, checksum)
+            for copy in self.plain if not wrong else ():
+                memory_of(copy.target)[copy.to_byte : copy.to_byte + copy.num_bytes] = source[copy.first : copy.first + copy.num_bytes]
+        for target, tensor in self.strided if not wrong else ():
+            target.copy_(tensor)
         return wrong
 
 
@@ -68,7 +97,7 @@ class ParameterStore:
         self._normal = {copy: copy.copy for copy in trace.copies}
         self._has_version = self._spare_has_version = False
         self._is_open = self._failed = False
-        self._received: dict[str, list[tuple[int, int]]] = {}  # name: byte ranges [start, end)
+        self._received: dict[str, list[tuple[int, int]]] = {}  # name: byte ranges [start, end), neighbours joined
         self._target_bytes: dict[int, memoryview] = {}  # of the parameters of either set, by id
         self._mappings = Mappings()
         self._stream: OpenStream | None = None
@@ -130,7 +159,7 @@ class ParameterStore:
         key = id(self._parameters.spare[0])
         if key not in self._loads:
             self._loads[key] = self._loads_of(opened)
-        slot = opened.shared.slots[number % NUM_SLOTS]
+        slot, bucket = opened.shared.slots[number % NUM_SLOTS], None
         if opened.shared.has_kernel_checksums:
             wanted = [index for index, load in enumerate(self._loads[key][number]) if load is not None]
             found = self._checksums(opened, number, wanted).numbers(slot).tolist()
@@ -138,9 +167,10 @@ class ParameterStore:
                 if arrived != checksums[index]:
                     return index, unequal(arrived, checksums[index])
         else:
+            bucket = opened.shared.memories[number % NUM_SLOTS]
             self._stage(slot)
         for index, (load, checksum) in enumerate(zip(self._loads[key][number], checksums, strict=True)):
-            wrong = load.run(checksum) if load is not None else ""
+            wrong = load.run(bucket, self._receiving_memory, checksum) if load is not None else ""
             if wrong:
                 return index, wrong
         self._synchronise()
@@ -154,14 +184,18 @@ class ParameterStore:
             memories = [self._memories(*both) for both in zip(opened.shared.memories, opened.shared.slots, strict=True)]
         self._verifiers = {}
         arriving = dict.fromkeys(self._normal, 0)
+        known = next(iter(self._loads.values()), None)  # into the other set: where nothing is strided, the numbers are the same
         loads: list[list[EntryLoad | None]] = []
         for number, bucket in enumerate(opened.stream.buckets):
             loads.append([])
-            for entry in bucket:
+            for index, entry in enumerate(bucket):
                 parts = list(self._parts(entry))
                 for copy, part in parts:
                     arriving[copy] += part.num_elements
-                loads[-1].append(self._load_of(entry, [(copy.target, part) for copy, part in parts], memories[number % NUM_SLOTS]))
+                load = None if known is None else known[number][index]
+                if load is None or load.strided:
+                    load = self._load_of(entry, [(copy.target, part) for copy, part in parts], memories[number % NUM_SLOTS])
+                loads[-1].append(load)
         short = [copy for copy, num_elements in arriving.items() if num_elements != self._normal[copy].num_elements]
         self._missing = "" if not short else short[0].name
         return loads
@@ -192,11 +226,11 @@ class ParameterStore:
                 continue
             part = BucketSlice(entry.name, entry.tensor_start, entry.num_bytes, entry.bucket_start)
             load = self._load_of(part, [(copy.target, cut) for copy, cut in self._parts(part)], memories)
-            wrong = load.run(entry.checksum) if load is not None else ""
+            wrong = load.run(bucket, self._receiving_memory, entry.checksum) if load is not None else ""
             end = entry.tensor_start + entry.num_bytes
             if wrong:
                 raise WeightTransferError(f"bucket {path}: tensor {entry.name}, bytes {entry.tensor_start}:{end}: {wrong}")
-            self._received[entry.name].append((entry.tensor_start, end))
+            note_received(self._received[entry.name], entry.tensor_start, end)
         self._synchronise()
         self._failed = False
 
@@ -226,26 +260,23 @@ class ParameterStore:
             return None
         bytes_in, tensor = memories
         stop = entry.bucket_start + entry.num_bytes
-        load = EntryLoad(None if bytes_in is None else bytes_in[entry.bucket_start : stop], None, [], [])
         source = tensor[entry.bucket_start : stop].view(self._expected[entry.name].dtype)
         on_host = self._staging is None and self._parameters.holding.kept
+        plain, strided = list[ByteCopy](), list[tuple[torch.Tensor, torch.Tensor]]()
         for index, part in parts:
             target = self._parameters.spare[index]
             if bytes_in is not None and on_host and part.is_plain and target.dtype == source.dtype:
-                # Copied by libc, in half of torch's time. Slices of one view of each parameter: there are thousands.
-                size, first = source.element_size(), entry.bucket_start + part.source_start * source.element_size()
-                num_bytes, to_byte = part.num_elements * size, part.target_start * size
-                load.plain.append((self._memory_of(target)[to_byte : to_byte + num_bytes], bytes_in[first : first + num_bytes]))
+                size = source.element_size()  # copied by libc, in half of torch's time
+                plain.append(ByteCopy(index, part.target_start * size, part.source_start * size, part.num_elements * size))
                 continue
             to = torch.as_strided(target, part.shape, part.target_stride, target.storage_offset() + part.target_start)
             of = torch.as_strided(source, part.shape, part.source_stride, source.storage_offset() + part.source_start)
-            load.strided.append((to, of))
-        if load.plain and load.plain[0][0].nbytes == entry.num_bytes and len(parts) == 1:
-            load.whole = load.plain.pop()[0]
-        return load
+            strided.append((to, of))
+        return EntryLoad(entry.bucket_start, entry.num_bytes, tuple(plain), tuple(strided))
 
-    def _memory_of(self, flat: torch.Tensor) -> memoryview:
-        """All bytes of a parameter that stays in host memory."""
+    def _receiving_memory(self, index: int) -> memoryview:
+        """All bytes of a parameter of the spare that stays in host memory."""
+        flat = self._parameters.spare[index]
         if id(flat) not in self._target_bytes:
             self._target_bytes[id(flat)] = _bytes_of(flat)
         return self._target_bytes[id(flat)]

@@ -44,9 +44,13 @@ class LayerWeights:
 
 
 class ModelWeights:
-    """One version of all weights. `named` maps Hugging Face names to contiguous views of the fused tensors."""
+    """One version of all weights. `named` maps Hugging Face names to contiguous views of the fused tensors.
 
-    def __init__(self, architecture: Architecture, dtype: torch.dtype, device: str = "cpu") -> None:
+    Args:
+        other: a version whose float32 copy of the head this one shares: it is that of the version which was finished last.
+    """
+
+    def __init__(self, architecture: Architecture, dtype: torch.dtype, device: str = "cpu", *, other: "ModelWeights | None" = None) -> None:
         a = architecture
         self.architecture = a
         self.dtype = dtype
@@ -58,7 +62,12 @@ class ModelWeights:
         self.norm = self._tensor("model.norm.weight", a.hidden_size)
         self.head = self.embedding if a.tie_word_embeddings else self._tensor("lm_head.weight", a.vocab_size, a.hidden_size)
         # Logits are computed in float32: rounding them to bfloat16 alone would move log-probs by up to 0.03.
-        self.head_fp32 = self.head if dtype == torch.float32 else self._zeros(a.vocab_size, a.hidden_size, dtype=torch.float32)
+        if dtype == torch.float32:
+            self.head_fp32 = self.head
+        elif other is not None:
+            self.head_fp32 = other.head_fp32
+        else:
+            self.head_fp32 = self._zeros(a.vocab_size, a.hidden_size, dtype=torch.float32)
 
     @functools.cached_property
     def bytes(self) -> dict[str, memoryview]:
@@ -147,7 +156,7 @@ class ModelWeights:
         return tensors
 
     def finish(self) -> None:
-        """Compute what is derived from the received tensors."""
+        """Compute what is derived from the received tensors; before they serve, and again when another version was finished since."""
         heads = self.architecture.num_heads
         for layer in self.layers:
             if layer.qk_norm is not None and layer.q_norm is not None and layer.k_norm is not None:
