@@ -122,6 +122,7 @@ class Parts:
             self.engine,
             config.swap,
             control_group=run.control,
+            quantization=config.rollout.quantization,
             log=run.log,
             revive=lambda: self.generation.replace_dead_engine("in a swap"),
         )
@@ -187,6 +188,13 @@ class Parts:
                 say(f"model.context_length is {needed}: the longest of your prompts ({longest} tokens) and a response.")
         if model.path is None and data.prompts is not None and run.config.sft and data.sft is None:
             say("The warm start is on the recipe's own task: data.sft names no examples.")
+        if config.rollout.quantization is not None:
+            corrected = config.loss.reference == "rollout"
+            advice = "the loss weighs tokens by their ratio" if corrected else "loss.reference=rollout would weigh tokens by their ratio"
+            say(
+                f"rollout.quantization is {config.rollout.quantization}: responses are drawn from quantised weights, and others are trained. "
+                f"train/logprob_diff shows the difference; {advice}, up to loss.importance_cap."
+            )
         if config.mesh.cp > 1 and config.trainer.cp_attention == "auto":
             architecture = Architecture.from_hf(hf_config_of(run.config.model, self.tokenizer))
             attention = "ulysses" if splits_heads("auto", config.mesh, architecture) else "all_gather"
@@ -221,6 +229,7 @@ class Parts:
                 hf_config=hf_config,
                 config=config.rollout.sglang,
                 dtype=config.trainer.dtype,
+                quantization=config.rollout.quantization,
                 context_length=config.model.context_length,
                 max_running=config.rollout.max_batch,
                 record_routing=config.rollout.record_routing,

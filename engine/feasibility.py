@@ -24,6 +24,7 @@ from tandem.engine.mesh_rules import (
     raise_all,
     replaced,
 )
+from tandem.engine.quantised import problem_of_engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,10 @@ def _room_fixes(case: RunCase) -> Iterator[Changes]:
         yield {"rollout.max_response_tokens": case.config.model.context_length // 2}
 
 
+def _problem_of_engine(case: RunCase) -> str:
+    return problem_of_engine(case.architecture, case.config.rollout.tp)
+
+
 def _pulled_to_old_policies(case: RunCase) -> bool:
     loss = case.config.loss
     return (
@@ -150,6 +155,12 @@ RUN_RULES: tuple[Rule[RunCase], ...] = (
             "within one"
         ),
         fixes=lambda case: ({"rollout.tp": tp} for tp in nearest(case.config.rollout.tp, case.ranks_per_node)),
+    ),
+    Rule(
+        fields=("rollout.quantization", "rollout.tp"),
+        holds=lambda case: case.config.rollout.quantization is None or not _problem_of_engine(case),
+        problem=lambda case: _problem_of_engine(case),
+        fixes=lambda case: [{"rollout.quantization": None}, *({"rollout.tp": tp} for tp in nearest(1, case.config.rollout.tp))],
     ),
     Rule(
         fields=("rollout.token_budget",),

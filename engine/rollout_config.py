@@ -5,6 +5,9 @@ from typing import Literal
 
 from tandem.engine.model_config import check
 
+Quantization = Literal["block_fp8"]
+"""Of the weights that an engine generates with (engine/quantised.py)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RepetitionConfig:
@@ -105,6 +108,9 @@ class RolloutConfig:
     """Keep the k likeliest tokens; 0 keeps all."""
     max_batch: int = 512
     """Most responses that one engine decodes at the same time."""
+    quantization: Quantization | None = None
+    """Type of the matrices that responses are generated with. block_fp8: 8-bit floats (e4m3) with a scale for each block of 128 x 128, as
+    DeepSeek-V3's checkpoints have them, quantised on their way to SGLang. None: that of the trainer's weights."""
     record_routing: bool = False
     """Keep the experts that each sampled token chose, for trainer.replay_routing. Mixtures of experts only."""
     repetition: RepetitionConfig = field(default_factory=RepetitionConfig)
@@ -119,4 +125,8 @@ class RolloutConfig:
         check(self.temperature > 0, "rollout.temperature", self.temperature, "it must be positive (evaluation is greedy by itself)")
         check(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "it must lie in (0, 1]")
         check(self.top_k >= 0, "rollout.top_k", self.top_k, "it must not be negative (0 keeps all)")
+        rule = "it needs rollout.engine=sglang: the embedded engine computes with the trainer's types only"
+        check(self.quantization is None or self.engine == "sglang", "rollout.quantization", self.quantization, rule)
+        rule = "it needs rollout.elastic.enabled=False: nodes that join take the trainer's types only"
+        check(self.quantization is None or not self.elastic.enabled, "rollout.quantization", self.quantization, rule)
         check(self.max_batch >= 1, "rollout.max_batch", self.max_batch, "it must be at least 1")

@@ -9,7 +9,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for room in ("engine", "kernels") for path in (ROOT / room).rglob("*.py"))
 
-GROUND = {"types", "config", "model_config", "rollout_config", "task_config", "architecture", "mesh_rules", "routing", "log", "kernels"}
+GROUND = {
+    "types",
+    "config",
+    "model_config",
+    "rollout_config",
+    "task_config",
+    "architecture",
+    "mesh_rules",
+    "routing",
+    "quantised",
+    "log",
+    "kernels",
+}
 LOG = {"log", "trace", "progress"}  # the log is three files
 CONFIG = {"config", "model_config", "rollout_config", "task_config"}  # the configuration is four
 
@@ -23,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "architecture": {"types", *CONFIG},  # read by the trainer, the rollout engine and the name map alike
     "mesh_rules": {"architecture", *CONFIG},  # read by the trainer and by the check before a run
     "routing": {"architecture"},  # by the trainer's routers and the rollout engine's
+    "quantised": {"types", "architecture", "kernels"},  # by the sender of weights, by their receiver, and by the check before a run
     "kernels": set(),
     "buckets": {"types", "device_buckets"},
     "device_buckets": set(),
@@ -35,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "reward": GROUND,
     "algo": GROUND,
     "trainer": {*GROUND, "algo"},
-    "checkpoint": {"types", *CONFIG, "architecture", "log", "buckets", "kernels"},  # a kernel packs what lies on a GPU
+    "checkpoint": {"types", *CONFIG, "architecture", "quantised", "log", "buckets", "kernels"},  # a kernel packs what lies on a GPU
 }
 
 

@@ -39,11 +39,15 @@ class Agreement:
     def reduce_max(self, step: str, *values: int) -> list[int]:
         """The largest of each value over all ranks."""
         tensor = torch.tensor(values, dtype=torch.int64)
+        self.largest(step, tensor)
+        return tensor.tolist()
+
+    def largest(self, step: str, numbers: torch.Tensor) -> None:
+        """Replace every one of these integers, as many on all ranks, by the largest of all ranks."""
         try:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
         except RuntimeError as error:
             raise self._lost(step, error) from error
-        return tensor.tolist()
 
     def gather(self, step: str, value: Any) -> list[Any]:
         """What every rank gives, in the order of the ranks."""

@@ -4,7 +4,7 @@ On a CPU the same steps run on host memory, which is how they are tested; on a G
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from tandem.engine.buckets import NUM_SLOTS, SharedBuckets
 from tandem.engine.checkpoint.names import HFView
 from tandem.engine.checkpoint.plan import PlacePlan, Plan
-from tandem.engine.checkpoint.staging import Copy
+from tandem.engine.checkpoint.staging import Copy, part_of
 from tandem.engine.checkpoint.transport import Mail, Transport, mail_of
 from tandem.engine.checkpoint.writer import by_name, copies_from, in_slot
 from tandem.engine.types import TensorMeta
@@ -78,6 +78,7 @@ def make_device_work(
     tensors: Sequence[TensorMeta],
     views: Sequence[HFView],
     shared: SharedBuckets | None,
+    scales: Mapping[str, torch.Tensor],
     device: torch.device,
 ) -> list[DeviceWork]:
     """Turn the plan into launches that read live tensors and messages.
@@ -90,7 +91,7 @@ def make_device_work(
     for bucket, mail in enumerate(mail_of(rank, plan, tensors, device)):
         outbox, filled = _outbox(mail, rank, device), []
         for transfer, memory in mail.to_send(rank):
-            filled += copies_from(held[transfer.name], transfer.region, memory)
+            filled += copies_from(held[transfer.name], transfer.region, memory, scales)
         works.append(DeviceWork(mail, Packer([_part(copy, outbox) for copy in filled]), outbox, bucket % NUM_SLOTS))
     if place is None or shared is None:
         return works
@@ -100,9 +101,9 @@ def make_device_work(
         entry = place.buckets[piece.bucket][piece.entry]
         destination = in_slot(shared.slots[piece.bucket % NUM_SLOTS], entry, piece.region, metas[entry.name])
         if piece.source == rank:
-            copies[piece.bucket] += copies_from(held[entry.name], piece.region, destination)
+            copies[piece.bucket] += copies_from(held[entry.name], piece.region, destination, scales)
         else:
-            copies[piece.bucket].append((destination, received[piece.bucket][entry.name, piece.region]))
+            copies[piece.bucket].append(Copy(destination, received[piece.bucket][entry.name, piece.region]))
     for bucket, entries in enumerate(place.buckets):
         work = works[bucket]
         work.packer = Packer([_part(copy, shared.slots[work.slot]) for copy in copies[bucket]])
@@ -121,6 +122,5 @@ def _outbox(mail: Mail, rank: int, device: torch.device) -> torch.Tensor:
 
 def _part(copy: Copy, memory: torch.Tensor) -> Part:
     """A copy to a view of `memory`, as a part of it."""
-    destination, source = copy
-    start = destination.data_ptr() - memory.data_ptr()
-    return Part(source=source.detach(), start=start, dtype=destination.dtype, strides=tuple(destination.stride()))
+    start = copy.destination.data_ptr() - memory.data_ptr()
+    return part_of(copy, start, tuple(copy.destination.stride()))

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from tandem.engine.buckets import CHECKSUMMED, NUM_SLOTS, WRITTEN, PeerFailed, PendingTransfer, StreamingWeightSink
 from tandem.engine.checkpoint.agreement import Agreement, Failure, raise_all
+from tandem.engine.checkpoint.block_scales import BlockScales
 from tandem.engine.checkpoint.device_writer import DeviceWork, Launched, make_device_work
 from tandem.engine.checkpoint.hand_over import HandOver
 from tandem.engine.checkpoint.names import NameMap
@@ -24,6 +25,7 @@ from tandem.engine.checkpoint.swap_setup import Setup, make_setup, node_name
 from tandem.engine.checkpoint.writer import BucketWork, make_bucket_work
 from tandem.engine.config import SwapConfig, SwapRoute
 from tandem.engine.log import RunLog
+from tandem.engine.rollout_config import Quantization
 from tandem.engine.types import EngineDiedError, WeightSink, WeightSource, WeightTransferError
 
 # A rank may spend one deadline on a bucket and one on its engine before it comes to say so.
@@ -55,6 +57,7 @@ class WeightSwap:
         sink: the engine that this rank leads, None on the others.
         control_group: group of all ranks that take part, on a CPU backend.
         dtype: type in which the engines receive the weights; None: that of the parameters.
+        quantization: of the matrices (engine/quantised.py), on the way to the buckets; None: they have that type too.
         node: name of the machine that this rank shares memory on; None: found out.
         log: where swaps are timed, as the phase "swap".
         revive: called after a swap that failed; replaces this rank's engine if it died, and tells whether it did. If one was replaced on
@@ -69,11 +72,13 @@ class WeightSwap:
         *,
         control_group: dist.ProcessGroup,
         dtype: torch.dtype | None = None,
+        quantization: Quantization | None = None,
         node: str | None = None,
         log: RunLog | None = None,
         revive: Callable[[], bool] | None = None,
     ) -> None:
         self._source, self._sink, self._config, self._dtype = source, sink, config, dtype
+        self._quantization: Quantization | None = quantization
         self._log, self._revive = log, revive
         self._node = node_name() if node is None else node
         self._agreement = Agreement(control_group, timeout_s=_AGREE_FACTOR * config.timeout_s, who_is_lost=self._check_peers)
@@ -81,6 +86,7 @@ class WeightSwap:
         self._names = NameMap(source.hf_config)
         self._setup: Setup | None = None
         self._work: list[BucketWork] | list[DeviceWork] = []
+        self._scales: BlockScales | None = None
         self._addresses: list[tuple[str, int]] = []
         self._num_swaps = 0
         self._policy_version = -1
@@ -118,7 +124,7 @@ class WeightSwap:
 
     def close(self) -> None:
         """Release the shared memory. The engines are not touched."""
-        self._work, self._addresses = [], []
+        self._work, self._scales, self._addresses = [], None, []
         if self._setup is not None:
             self._setup.close()
             self._setup = None
@@ -129,7 +135,9 @@ class WeightSwap:
             raise WeightTransferError(f"rank {self._rank}: the engine still has not answered the previous swap")
         self._num_swaps += 1
         if self._setup is None:
-            self._setup = make_setup(self._agreement, self._config, self._source, self._sink, self._names, self._node, self._dtype)
+            self._setup = make_setup(
+                self._agreement, self._config, self._source, self._sink, self._names, self._node, self._dtype, self._quantization
+            )
             if self._log is not None and self._setup.table:
                 self._log.say(self._setup.table)
         setup = self._setup
@@ -138,6 +146,8 @@ class WeightSwap:
             self._refresh_work(setup)
         except ValueError as error:
             self._fail(setup, failures, "reading the parameters", error)
+        if self._quantization is not None:
+            self._refresh_scales(setup, failures)
         pending = self._start_receiving(setup, policy_version, failures)
         self._write(setup, pending, failures)
         self._end_receiving(setup, pending, failures)
@@ -171,10 +181,26 @@ class WeightSwap:
         shards = list(self._source.weight_shards())
         addresses = [(shard.name, shard.tensor.data_ptr()) for shard in shards]
         if addresses != self._addresses:
+            self._scales = None
             views = [view for shard in shards for view in self._names.views(shard)]
-            of = self._rank, setup.plan, setup.place, setup.tensors, views, setup.buckets
+            scales: dict[str, torch.Tensor] = {}
+            if self._quantization is not None:
+                self._scales = BlockScales(self._agreement, setup.cells, views)
+                views += self._scales.views
+                scales = self._scales.of
+            of = self._rank, setup.plan, setup.place, setup.tensors, views, setup.buckets, scales
             self._work = make_bucket_work(*of) if setup.device is None else make_device_work(*of, setup.device)
             self._addresses = addresses
+
+    def _refresh_scales(self, setup: Setup, failures: list[Failure]) -> None:
+        """Find the scales of the present weights; without weights, still hear what the others tell."""
+        scales = self._scales if self._scales is not None else BlockScales(self._agreement, setup.cells, ())
+        try:
+            scales.refresh()
+        except WeightTransferError:
+            raise  # a rank is gone
+        except Exception as error:
+            self._fail(setup, failures, "quantising", error)
 
     # ---- the transfer
 

@@ -20,6 +20,7 @@ from tandem.engine.buckets import (
     SharedMemoryHandle,
 )
 from tandem.engine.checkpoint.agreement import Agreement, Failure, raise_all
+from tandem.engine.checkpoint.block_scales import Cells, cells_of, with_scales
 from tandem.engine.checkpoint.measure import measure
 from tandem.engine.checkpoint.names import NameMap
 from tandem.engine.checkpoint.plan import MAX_ENTRY_BYTES, Place, PlacePlan, Plan, Wanted, make_plan, volume
@@ -27,6 +28,8 @@ from tandem.engine.checkpoint.planner import Topology, choose, estimate, table, 
 from tandem.engine.checkpoint.routes import Arrangement, Engine, Reader, arrange
 from tandem.engine.checkpoint.transport import Transport
 from tandem.engine.config import SwapConfig, SwapRoute
+from tandem.engine.quantised import quantised
+from tandem.engine.rollout_config import Quantization
 from tandem.engine.types import TensorMeta, WeightSink, WeightSource
 
 
@@ -46,6 +49,7 @@ class Setup:
     streams: tuple[BucketStream, ...]  # of each process of the engine that this rank leads
     opened: tuple[SharedBuckets, ...]  # where those read; the place's own among them, if it has some
     transport: Transport
+    cells: Cells  # of the scales of matrices that are quantised; empty where none is
     device: torch.device | None  # whose memory and kernels the buckets take; None: host memory
 
     @property
@@ -91,16 +95,18 @@ def make_setup(
     names: NameMap,
     node: str,
     dtype: torch.dtype | None,
+    quantization: Quantization | None,
 ) -> Setup:
     """Gather all layouts, choose the route, plan, and open the memory. Every rank raises if one cannot.
 
     Raises: WeightTransferError; ValueError on all ranks for a route that is impossible.
     """
     rank = agreement.rank
-    tensors, device, mine = _local_facts(source, sink, names, node, dtype)
+    tensors, device, mine = _local_facts(source, sink, names, node, dtype, quantization)
     facts: list[_Facts] = agreement.gather("plan the swap", mine)
     raise_all([Failure(rank, "planning", fact.error) for rank, fact in enumerate(facts) if fact.error])
-    nodes, holdings = [fact.node for fact in facts], [fact.holdings for fact in facts]
+    cells = cells_of(tensors, [fact.holdings for fact in facts])
+    nodes, holdings = [fact.node for fact in facts], with_scales([fact.holdings for fact in facts], cells)
     engines = [Engine(rank, fact.wanted) for rank, fact in enumerate(facts) if fact.wanted is not None]
     if not engines:
         raise ValueError("no rank leads a rollout engine; give a sink to at least one")
@@ -157,12 +163,18 @@ def make_setup(
         transport=Transport(
             agreement.group, plan, device=torch.device("cpu") if on_device is None else on_device, timeout_s=config.timeout_s
         ),
+        cells=cells,
         device=on_device,
     )
 
 
 def _local_facts(
-    source: WeightSource, sink: WeightSink | None, names: NameMap, node: str, dtype: torch.dtype | None
+    source: WeightSource,
+    sink: WeightSink | None,
+    names: NameMap,
+    node: str,
+    dtype: torch.dtype | None,
+    quantization: Quantization | None,
 ) -> tuple[list[TensorMeta], torch.device, _Facts]:
     """The model's tensors, where this rank's parameters are, and what it tells; an error in place of what could not be found out."""
     tensors: list[TensorMeta] = []
@@ -176,6 +188,8 @@ def _local_facts(
         device = shards[0].tensor.device
         holdings = [(view.name, view.region) for shard in shards for view in names.views(shard)]
         tensors = names.tensors(dtype if dtype is not None else shards[0].tensor.dtype)
+        if quantization is not None:
+            tensors = quantised(tensors)
         if isinstance(sink, ShardedWeightSink):
             wanted = tuple(None if regions is None else tuple(regions) for regions in sink.wanted_regions())
             if not 0 < len(wanted) <= MAX_PROCESSES:

@@ -81,7 +81,9 @@ class SGLangEngine:
     def _connect(self) -> None:
         server = self.server
         self._client = SGLangClient(server.url)
-        self._weights = WeightCommands(self._client, server.version, server.setup.tp, self._architecture, DTYPES[server.setup.dtype])
+        self._weights = WeightCommands(
+            self._client, server.version, server.setup.tp, self._architecture, DTYPES[server.setup.dtype], server.setup.quantization
+        )
         self._memory = ServerMemory(self._client, self._weights, timeout_s=self._timeout_s)
         self._policy_version = self._prepared = self._previous = -1
         self._digest: str | None = None  # of the committed weights, once somebody asked

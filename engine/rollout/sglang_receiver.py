@@ -19,11 +19,14 @@ import torch
 
 from tandem.engine.architecture import Architecture
 from tandem.engine.buckets import BucketStream
+from tandem.engine.quantised import quantised
+from tandem.engine.rollout.sglang_fp8 import check_copies, check_layers
 from tandem.engine.rollout.sglang_spare import Holding, Parameters
 from tandem.engine.rollout.sglang_store import ParameterStore
 from tandem.engine.rollout.sglang_trace import trace_load
 from tandem.engine.rollout.sglang_whole import WholeTensors
 from tandem.engine.rollout.weights import tensor_metas
+from tandem.engine.rollout_config import Quantization
 from tandem.engine.types import WeightTransferError
 
 _LENGTH = struct.Struct("<q")  # bytes that follow
@@ -77,8 +80,11 @@ def _survives_pickling(error: Exception) -> bool:
 class Receiver:
     """One process's weights. Process `index` of the server's tensor-parallel ones takes what its parameters need."""
 
-    def __init__(self, model: torch.nn.Module, architecture: Architecture, dtype: torch.dtype, index: int) -> None:
+    def __init__(
+        self, model: torch.nn.Module, architecture: Architecture, dtype: torch.dtype, index: int, quantization: Quantization | None = None
+    ) -> None:
         self._model, self._architecture, self._dtype, self._index = model, architecture, dtype, index
+        self._quantization: Quantization | None = quantization
         self._committed = 0  # number of the commit that serves
         self._store = self._make_store()
 
@@ -100,13 +106,20 @@ class Receiver:
         return commands[command](*arguments)
 
     def _make_store(self) -> ParameterStore | WholeTensors:
-        """Learn how the model loads. Raises: WeightTransferError naming a parameter that no tensor fills."""
+        """Learn how the model loads. Raises: WeightTransferError naming a parameter that no tensor fills, or that keeps no blocks."""
         tensors = tensor_metas(self._architecture, self._dtype)
+        if self._quantization is not None:
+            check_layers(self._model)
+            tensors = {meta.name: meta for meta in quantised(tensors.values())}
         try:
             trace = trace_load(self._model, tensors.values())
+            check_copies(trace, tensors)
         except WeightTransferError:
             raise
         except Exception as error:  # whatever load_weights does with tensors that have no memory
+            if self._quantization is not None:
+                reason = f"{type(self._model).__name__} computes with what it loads ({error}), and quantised weights are only copied"
+                raise WeightTransferError(f"{reason}; set rollout.quantization to None") from error
             self._say(f"loads whole tensors at every commit, from two more copies of the model: {type(error).__name__}: {error}")
             return WholeTensors(self._model, self._architecture, self._dtype)
         holding = Holding.of(self._model, trace.targets)

@@ -20,9 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tandem.engine.architecture import Architecture
 from tandem.engine.config import SGLangConfig
+from tandem.engine.quantised import problem_of_engine, quantization_config
 from tandem.engine.rollout.sglang_health import cause_in, stacks
 from tandem.engine.rollout.sglang_versions import SGLangVersion, find_python, version_of
+from tandem.engine.rollout_config import Quantization
 from tandem.engine.types import EngineDiedError
 from tandem.kernels import checksum
 
@@ -54,6 +57,7 @@ class ServerSetup:
     dtype: str  # "float32" or "bfloat16"
     context_length: int
     max_running: int  # requests
+    quantization: Quantization | None = None  # of its matrices
     seed_sampling: bool = True
     record_routing: bool = False
     tp: int = 1
@@ -67,12 +71,15 @@ class ServerSetup:
 class SGLangServer:
     """The process. `start` returns at once; `wait_until_healthy` waits for it.
 
-    Raises: FileNotFoundError or ValueError if there is no environment, its SGLang is of an unknown version, or the port is in use.
+    Raises: FileNotFoundError or ValueError if there is no environment, its SGLang is of an unknown version, the port is in use, or tp
+        processes cannot hold the model's blocks.
     """
 
     def __init__(self, setup: ServerSetup) -> None:
         if not setup.hf_config.get("architectures"):
             raise ValueError('the model\'s config.json has no `architectures`; SGLang needs it, for example ["Qwen3ForCausalLM"]')
+        if setup.quantization is not None and (why := problem_of_engine(Architecture.from_hf(setup.hf_config), setup.tp)):
+            raise ValueError(f"{why}; set rollout.quantization to None, or choose another rollout.tp")
         self.setup = setup
         self.python = find_python(setup.config.python)
         self.version: SGLangVersion = version_of(self.python)
@@ -233,6 +240,8 @@ def _fill(folder: Path, setup: ServerSetup) -> None:
         (folder / name).mkdir(parents=True)
     hf_config = {name: value for name, value in setup.hf_config.items() if name not in _END_TOKENS}
     hf_config["torch_dtype"] = setup.dtype
+    if setup.quantization is not None:
+        hf_config["quantization_config"] = quantization_config()
     (folder / "model" / "config.json").write_text(json.dumps(hf_config))
     (folder / "python" / "tandem" / "engine").symlink_to(Path(__file__).parents[1])
     (folder / "python" / "tandem" / "kernels").symlink_to(Path(checksum.__file__).parents[1])
@@ -240,7 +249,9 @@ def _fill(folder: Path, setup: ServerSetup) -> None:
         plugin = folder / "python" / "tandem_sglang_cpu-0.dist-info"
         plugin.mkdir()
         (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: tandem-sglang-cpu\nVersion: 0\n")
-        (plugin / "entry_points.txt").write_text("[sglang.srt.plugins]\ntandem_cpu = tandem_sglang_cpu:load\n")
+        modules = ["tandem_sglang_cpu", *(["tandem_sglang_fp8"] if setup.quantization is not None else [])]
+        entries = [f"{module} = {module}:load" for module in modules]
+        (plugin / "entry_points.txt").write_text("\n".join(["[sglang.srt.plugins]", *entries, ""]))
 
 
 def free_port(wanted: int | None, host: str = "127.0.0.1") -> int:

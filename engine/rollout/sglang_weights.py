@@ -19,6 +19,7 @@ from tandem.engine.rollout.sglang_client import ServerGoneError, SGLangClient
 from tandem.engine.rollout.sglang_receiver import read_message, write_message
 from tandem.engine.rollout.sglang_server import RECEIVER
 from tandem.engine.rollout.sglang_versions import SGLangVersion
+from tandem.engine.rollout_config import Quantization
 from tandem.engine.types import WeightTransferError
 
 
@@ -29,9 +30,18 @@ class UnknownWeightsError(RuntimeError):
 class WeightCommands:
     """Speaks to the receivers of one server's tensor-parallel processes, all at once."""
 
-    def __init__(self, client: SGLangClient, version: SGLangVersion, tp: int, architecture: Architecture, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        client: SGLangClient,
+        version: SGLangVersion,
+        tp: int,
+        architecture: Architecture,
+        dtype: torch.dtype,
+        quantization: Quantization | None = None,
+    ) -> None:
         self._client, self._version, self._tp = client, version, tp
         self._setup = architecture, dtype
+        self._quantization: Quantization | None = quantization
         self._is_set_up = self._session_is_open = False
         self._stream: BucketStream | None = None  # that the receivers know
         self.must_settle = False  # whether a receiver holds memory that `settle` gives back
@@ -42,7 +52,7 @@ class WeightCommands:
         if not self._session_is_open and self._version.has_update_sessions:
             await self._begin()
         if not self._is_set_up:
-            await self._send("setup", [(*self._setup, index) for index in range(self._tp)])
+            await self._send("setup", [(*self._setup, index, self._quantization) for index in range(self._tp)])
             self._is_set_up = True
         return await self._send(command, [arguments] * self._tp)
 

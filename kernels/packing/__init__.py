@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from tandem.kernels.backend import runs_triton
+from tandem.kernels.block_fp8 import largest_magnitudes
 from tandem.kernels.packing import reference
-from tandem.kernels.packing.layout import CASTS, Part, check
+from tandem.kernels.packing.layout import CASTS, FP8, Part, check
 
-__all__ = ["CASTS", "Packer", "Part"]
+__all__ = ["CASTS", "Magnitudes", "Packer", "Part"]
 
 ALIGNMENT = 16  # bytes of one vector store
 
@@ -60,3 +61,32 @@ class Packer:
             self._launch.pack(bucket)
         else:
             reference.pack(bucket, self._parts)
+
+
+class Magnitudes:
+    """The largest magnitudes of the blocks of matrices, found again and again: the scales that parts are given follow from them.
+
+    Args:
+        parts: (rows of a matrix, which may lie in groups; fp32 numbers of all blocks of that matrix; its row and its column where the part
+            begins). They are kept alive; their storage must not move.
+    """
+
+    def __init__(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor, int, int]]) -> None:
+        self._parts = tuple(parts)
+        self._launch = None
+        if parts and runs_triton(parts[0][0]):
+            from tandem.kernels.packing import triton
+
+            cut = [Part(source=source, start=0, dtype=FP8, given_scales=of, row=row, column=column) for source, of, row, column in parts]
+            for index, part in enumerate(cut):
+                check(part, index)
+            self._launch = triton.Launch(cut, only_magnitudes=True)
+
+    def find(self) -> None:
+        """Raise every number to the largest |element| of its block, as the parts are now; infinite, or NaN, where one is."""
+        if self._launch is not None:
+            self._launch.pack(self._parts[0][1].view(-1).view(torch.uint8))
+            return
+        for source, largest, row, column in self._parts:
+            for index, rows in enumerate(source if source.dim() == 3 else [source]):
+                largest_magnitudes(rows, largest, row=row + index * rows.shape[0], column=column)

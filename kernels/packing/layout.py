@@ -14,7 +14,7 @@ _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 CASTS = {
     *((dtype, dtype) for dtype in _PLAIN),
     *((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)),
-    *((torch.float32, FP8), (torch.bfloat16, FP8)),
+    *((torch.float32, FP8), (torch.bfloat16, FP8), (FP8, FP8)),
 }
 
 
@@ -22,8 +22,8 @@ CASTS = {
 class Part:
     """A tensor, and where and how it lies in a bucket.
 
-    With dtype float8_e4m3fn it is a matrix (all dimensions but the last are rows) in blocks of 128 x 128, whose fp32 scales lie in the
-    bucket too (kernels/block_fp8).
+    What becomes float8_e4m3fn is a matrix (all dimensions but the last are rows) in blocks of 128 x 128, whose fp32 scales lie in the
+    bucket too (kernels/block_fp8); or it is part of a matrix whose scales are given.
     """
 
     source: torch.Tensor  # of any strides: a cut of a parameter, rows in groups, transposed
@@ -32,6 +32,13 @@ class Part:
     strides: tuple[int, ...] | None = None  # in the bucket, in elements; None: contiguous
     scale_start: int | None = None  # byte where its first scale lies
     scale_stride: int | None = None  # fp32 numbers from one row of scales to the next; None: as many as a row has
+    given_scales: torch.Tensor | None = None  # those of all blocks of a matrix, where they are known; the bucket then has none
+    row: int = 0  # of that matrix, where the source begins
+    column: int = 0
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.dtype == FP8 and self.source.dtype != FP8
 
     @property
     def target_strides(self) -> tuple[int, ...]:
@@ -81,14 +88,23 @@ def check(part: Part, index: int) -> None:
         )
     if part.start < 0 or part.start % part.dtype.itemsize:
         raise ValueError(f"{name}: start is {part.start}; it must be a multiple of {part.dtype.itemsize}, the bytes of {part.dtype}")
-    if (part.scale_start is not None) != (part.dtype == FP8) or (part.scale_stride is not None and part.scale_start is None):
+    has_scales = part.scale_start is not None or part.given_scales is not None
+    if has_scales != part.is_quantised or (part.scale_stride is not None and part.scale_start is None):
         raise ValueError(f"{name}: scale_start is {part.scale_start}, dtype {part.dtype}; float8_e4m3fn has scales, others have none")
-    if part.dtype == FP8:
-        if len(shape) < 2:
-            raise ValueError(f"{name}: the source has shape {shape}; blocks of 128 x 128 need a matrix")
-        if part.scale_start is None or part.scale_start < 0 or part.scale_start % 4 or part.scales[1] < part.scales[0][1]:
-            found = f"scale_start is {part.scale_start}, scale_stride {part.scale_stride}"
-            raise ValueError(f"{name}: {found}; they must be a multiple of 4 and at least {part.scales[0][1]}, the scales of a row")
+    if part.is_quantised and len(shape) < 2:
+        raise ValueError(f"{name}: the source has shape {shape}; blocks of 128 x 128 need a matrix")
+    if part.given_scales is not None:
+        rows, columns = scale_shape(part.row + prod(shape[:-1]), part.column + shape[-1])
+        found = tuple(part.given_scales.shape)
+        if part.scale_start is not None or part.given_scales.dtype != torch.float32 or part.given_scales.device != part.source.device:
+            what = f"{part.given_scales.dtype} on {part.given_scales.device}, scale_start is {part.scale_start}"
+            raise ValueError(f"{name}: scales are {what}; given ones are fp32 beside the source, and then none lie in the bucket")
+        if len(found) != 2 or not (part.row >= 0 and part.column >= 0) or found[0] < rows or found[1] < columns:
+            where = f"from row {part.row} and column {part.column} on"
+            raise ValueError(f"{name}: scales are {found}; a source of shape {shape} {where} needs at least {(rows, columns)}")
+    elif part.scale_start is not None and (part.scale_start < 0 or part.scale_start % 4 or part.scales[1] < part.scales[0][1]):
+        found = f"scale_start is {part.scale_start}, scale_stride {part.scale_stride}"
+        raise ValueError(f"{name}: {found}; they must be a multiple of 4 and at least {part.scales[0][1]}, the scales of a row")
     if part.source.numel():
         loops(part, index)
 
@@ -96,9 +112,9 @@ def check(part: Part, index: int) -> None:
 def loops(part: Part, index: int = 0) -> Loops:
     """The copy of one part as three loops: neighbouring dimensions that are one run of both sides become one."""
     dims = list(zip(part.source.shape, part.source.stride(), part.target_strides, strict=True))
-    inner = [dims.pop()] if part.dtype == FP8 else []
+    inner = [dims.pop()] if part.is_quantised else []
     merged = _merged(dims)
-    if part.dtype != FP8 and merged and merged[-1][2] == 1:
+    if not part.is_quantised and merged and merged[-1][2] == 1:
         inner = [merged.pop()]
     size, source, target = inner[0] if inner else (1, 1, 1)
     if len(merged) > 2 or (target != 1 and size > 1):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tandem.kernels.block_fp8 import quantise
+from tandem.kernels.block_fp8 import encode, quantise
 from tandem.kernels.packing.layout import FP8, Part
 
 
@@ -14,8 +14,14 @@ def pack(bucket: torch.Tensor, parts: Sequence[Part]) -> None:
         if not part.source.numel():
             continue
         target = _view(bucket, part.start, part.dtype, part.source.shape, part.target_strides)
-        if part.dtype != FP8:
+        if not part.is_quantised:
             target.copy_(part.source)
+            continue
+        if part.given_scales is not None:
+            encoded = torch.empty(part.source.shape, dtype=FP8, device=bucket.device)
+            rows = part.source.reshape(-1, part.source.shape[-1])
+            encode(rows, part.given_scales, encoded.view(rows.shape), row=part.row, column=part.column)
+            target.copy_(encoded)
             continue
         fp8, scale = quantise(part.source.reshape(-1, part.source.shape[-1]))
         target.copy_(fp8.view(part.source.shape))

@@ -3,7 +3,7 @@
 A table in device memory tells each program what its part is. Shapes: G groups of R rows of N elements, M = G·R rows.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
 from collections.abc import Sequence
 from math import prod
@@ -29,10 +29,13 @@ _CASTS = {
     (torch.float32, torch.bfloat16): 2,
     (torch.bfloat16, torch.float32): 3,
     (torch.float32, FP8): 4,
-    (torch.bfloat16, FP8): 5,
+    (torch.bfloat16, FP8): 5,  # 6 and 7: the same two with scales that are given
+    (FP8, FP8): 8,
 }
-NUM_KINDS: tl.constexpr = tl.constexpr(24)
-FIELDS: tl.constexpr = tl.constexpr(15)
+_GIVEN = 2
+_MAGNITUDES = {torch.float32: 9, torch.bfloat16: 10}
+NUM_KINDS: tl.constexpr = tl.constexpr(44)
+FIELDS: tl.constexpr = tl.constexpr(17)
 
 
 @triton.jit
@@ -60,7 +63,9 @@ def _pack_tile(
     ROWS: tl.constexpr = 1 if IS_RUN else BLOCK
     COLUMNS: tl.constexpr = (RUN // 2 if CAST == 0 else RUN) if IS_RUN else BLOCK
     # As much at once as the registers hold: elements that are loaded one by one need an address each.
-    STEP: tl.constexpr = ROWS * COLUMNS // (1 if ALIGNED else (16 if CAST >= 4 else 8))
+    IN_BLOCKS: tl.constexpr = CAST >= 4 and CAST != 8
+    GIVEN: tl.constexpr = CAST == 6 or CAST == 7
+    STEP: tl.constexpr = ROWS * COLUMNS // (1 if ALIGNED else (16 if IN_BLOCKS else 8))
     STEP_ROWS: tl.constexpr = STEP // COLUMNS if ROWS > 1 else 1
     STEP_COLUMNS: tl.constexpr = STEP // STEP_ROWS
     source_address, start = tl.load(part + 1), tl.load(part + 2)
@@ -69,8 +74,11 @@ def _pack_tile(
     target_g, target_r = tl.load(part + 9), tl.load(part + 10)
     tile, across = tl.program_id(0) - tl.load(part + 11).to(tl.int32), tl.load(part + 12).to(tl.int32)
     down, right = tile // across, tile % across
-    first = right.to(tl.int64) * COLUMNS
+    # The first tiles of part of a matrix begin where their blocks do: in front of it.
+    above, left = tl.load(part + 15).to(tl.int32), tl.load(part + 16)
+    first = right.to(tl.int64) * COLUMNS - left
     width = tl.minimum(N - first, COLUMNS).to(tl.int32)
+    begin = tl.maximum(-first, 0).to(tl.int32)
     if CAST == 0:
         source, target = source_address.to(tl.pointer_type(tl.uint32)), (bucket + start).to(tl.pointer_type(tl.uint32))
     elif CAST == 1:
@@ -79,7 +87,9 @@ def _pack_tile(
         source, target = source_address.to(tl.pointer_type(tl.float32)), (bucket + start).to(tl.pointer_type(tl.bfloat16))
     elif CAST == 3:
         source, target = source_address.to(tl.pointer_type(tl.bfloat16)), (bucket + start).to(tl.pointer_type(tl.float32))
-    elif CAST == 4:
+    elif CAST == 8:
+        source, target = source_address.to(tl.pointer_type(tl.uint8)), bucket + start
+    elif CAST == 4 or CAST == 6 or CAST == 9:
         source, target = source_address.to(tl.pointer_type(tl.float32)), bucket + start
     else:
         source, target = source_address.to(tl.pointer_type(tl.bfloat16)), bucket + start
@@ -89,51 +99,62 @@ def _pack_tile(
         source, target, width = tl.multiple_of(source, 16), tl.multiple_of(target, 16), tl.multiple_of(width, 16)
         source_g, source_r = tl.multiple_of(source_g, 16), tl.multiple_of(source_r, 16)
         target_g, target_r = tl.multiple_of(target_g, 16), tl.multiple_of(target_r, 16)
+        begin = tl.multiple_of(begin, 16)
         source_n = 1
     scale = 1.0
-    if CAST >= 4:
-        largest = 0.0
+    if GIVEN:
+        scales = tl.load(part + 13).to(tl.pointer_type(tl.float32))
+        scale = tl.load(scales + down * tl.load(part + 14) + right)
+    largest = 0.0
+    if IN_BLOCKS and not GIVEN:
         for step in range(0, ROWS * COLUMNS, STEP):
-            row = down * ROWS + step // COLUMNS + tl.arange(0, STEP_ROWS)
+            row = down * ROWS - above + step // COLUMNS + tl.arange(0, STEP_ROWS)
             column = step % COLUMNS + tl.arange(0, STEP_COLUMNS)
-            inside = (row < M)[:, None] & (column < width)[None, :]
+            inside = ((row >= 0) & (row < M))[:, None] & ((column >= begin) & (column < width))[None, :]
             group, within = row // R, row % R
             values = tl.load(source + (group * source_g + within * source_r)[:, None] + column[None, :] * source_n, mask=inside, other=0)
             largest = tl.maximum(largest, largest_magnitude(values.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
         scale = block_scale(largest)
-    for step in range(0, ROWS * COLUMNS, STEP):
-        row = down * ROWS + step // COLUMNS + tl.arange(0, STEP_ROWS)
-        column = step % COLUMNS + tl.arange(0, STEP_COLUMNS)
-        inside = (row < M)[:, None] & (column < width)[None, :]
-        group, within = row // R, row % R
-        values = tl.load(source + (group * source_g + within * source_r)[:, None] + column[None, :] * source_n, mask=inside, other=0)
-        place = target + (group * target_g + within * target_r)[:, None] + column[None, :]
-        if CAST >= 4:
-            tl.store(place, encode(values.to(tl.float32), scale, HARDWARE), mask=inside)
-        else:
-            tl.store(place, values.to(target.dtype.element_ty), mask=inside)
-    if CAST >= 4:
+    if CAST >= 9:
+        # Several parts may have elements of a block. As integers, positive floats have the same order.
+        place = tl.load(part + 13).to(tl.pointer_type(tl.int32)) + down * tl.load(part + 14) + right
+        tl.atomic_max(place, largest.to(tl.int32, bitcast=True))
+    else:
+        for step in range(0, ROWS * COLUMNS, STEP):
+            row = down * ROWS - above + step // COLUMNS + tl.arange(0, STEP_ROWS)
+            column = step % COLUMNS + tl.arange(0, STEP_COLUMNS)
+            inside = ((row >= 0) & (row < M))[:, None] & ((column >= begin) & (column < width))[None, :]
+            group, within = row // R, row % R
+            values = tl.load(source + (group * source_g + within * source_r)[:, None] + column[None, :] * source_n, mask=inside, other=0)
+            place = target + (group * target_g + within * target_r)[:, None] + column[None, :]
+            if IN_BLOCKS:
+                tl.store(place, encode(values.to(tl.float32), scale, HARDWARE), mask=inside)
+            else:
+                tl.store(place, values.to(target.dtype.element_ty), mask=inside)
+    if CAST == 4 or CAST == 5:
         scales = (bucket + tl.load(part + 13)).to(tl.pointer_type(tl.float32))
         tl.store(scales + down * tl.load(part + 14) + right, scale)
 
 
 class Launch:
-    """The table of one bucket, and its launch."""
+    """The table of one bucket, and its launch. `only_magnitudes`: of the blocks, which go to the parts' given scales."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], *, only_magnitudes: bool = False) -> None:
         rows: list[list[int]] = []
         num_tiles: list[int] = []
+        tiles = 0
         for part in parts:
             if part.source.numel():
-                fields, count = _fields(part, sum(num_tiles))
+                fields, count = _fields(part, tiles, only_magnitudes)
                 rows.append(fields)
                 num_tiles.append(count)
+                tiles += count
         self._kinds = sum(1 << kind for kind in {fields[0] for fields in rows})
         self._num_tiles = sum(num_tiles)
         device = parts[0].source.device
         self._table = torch.tensor(rows, dtype=torch.int64).to(device)
         self._part_of_tile = torch.from_numpy(np.repeat(np.arange(len(rows), dtype=np.int32), num_tiles)).to(device)
-        self._hardware = any(part.dtype == FP8 for part in parts) and casts_in_hardware(parts[0].source)
+        self._hardware = any(part.is_quantised for part in parts) and casts_in_hardware(parts[0].source)
 
     def pack(self, bucket: torch.Tensor) -> None:
         if self._num_tiles:
@@ -142,17 +163,23 @@ class Launch:
             )
 
 
-def _fields(part: Part, first_tile: int) -> tuple[list[int], int]:
+def _fields(part: Part, first_tile: int, only_magnitudes: bool) -> tuple[list[int], int]:
     """A row of the table, and the number of the part's tiles."""
     (groups, rows, size), source, target = loops(part)
-    is_run = part.dtype != FP8 and (size >= RUN or groups * rows < FEW_ROWS)
+    is_run = not part.is_quantised and (size >= RUN or groups * rows < FEW_ROWS)
     cast = _CASTS[part.source.dtype, part.dtype]
+    above, left, scales = 0, 0, (0, 0)
+    if part.given_scales is not None:
+        cast = _MAGNITUDES[part.source.dtype] if only_magnitudes else cast + _GIVEN
+        above, left = part.row % BLOCK, part.column % BLOCK
+        scales = part.given_scales[part.row // BLOCK :, part.column // BLOCK :].data_ptr(), part.given_scales.stride(0)
+    elif part.scale_start is not None:
+        scales = part.scale_start, part.scales[1]
     tile = (1, RUN // 2 if cast == 0 else RUN) if is_run else (BLOCK, BLOCK)
-    down, across = -(-groups * rows // tile[0]), -(-size // tile[1])
+    down, across = -(-(above + groups * rows) // tile[0]), -(-(left + size) // tile[1])
     address = part.source.data_ptr()
-    multiples = (address, part.start, size, *source[:2], *target[:2])
+    multiples = (address, part.start, size, left, *source[:2], *target[:2])
     aligned = (source[2] == 1 or size == 1) and not any(value % ALIGNMENT for value in multiples)
     kind = 4 * cast + 2 * aligned + is_run
-    scales = (part.scale_start, part.scales[1]) if part.scale_start is not None else (0, 0)
-    fields = [kind, address, part.start, rows, groups * rows, size, *source, *target[:2], first_tile, across, *scales]
+    fields = [kind, address, part.start, rows, groups * rows, size, *source, *target[:2], first_tile, across, *scales, above, left]
     return fields, prod((down, across))

@@ -6,7 +6,7 @@ from tests.kernels.interpreter import DEVICE  # before any kernel
 
 import torch  # isort: skip
 
-from tandem.engine.checkpoint.staging import stage
+from tandem.engine.checkpoint.staging import Copy, stage
 from tandem.kernels import backend
 from tandem.kernels.packing import Packer
 from tests.checkpoint.test_names import DENSE, MOE, random_hf_state
@@ -52,7 +52,7 @@ def test_a_packed_swap_brings_the_same_bytes(case: str) -> None:
 def test_buckets_are_staged_in_one_memory_and_read_anew() -> None:
     first, second = torch.arange(6.0, device=DEVICE).view(2, 3), torch.zeros(300, device=DEVICE)
     targets = [torch.zeros(3, 2, dtype=torch.bfloat16), torch.zeros(2, 3), torch.zeros(300)]
-    buckets = [[(targets[0], first.T), (targets[1], first)], [], [(targets[2], second)]]
+    buckets = [[Copy(targets[0], first.T), Copy(targets[1], first)], [], [Copy(targets[2], second)]]
     with backend.chosen("triton"):
         (one, none, two), hosts = stage(buckets)
     assert none is None
@@ -60,7 +60,7 @@ def test_buckets_are_staged_in_one_memory_and_read_anew() -> None:
     assert two is not None
     second += 5
     one.fill()
-    assert torch.equal(hosts[id(buckets[0][0][1])], first.T.bfloat16().cpu())
+    assert torch.equal(hosts[id(buckets[0][0].source)], first.T.bfloat16().cpu())
     assert torch.equal(hosts[id(first)], first.cpu())
     two.fill()
     assert torch.equal(hosts[id(second)], second.cpu())
@@ -69,4 +69,4 @@ def test_buckets_are_staged_in_one_memory_and_read_anew() -> None:
 
 def test_what_the_cpu_copies_itself_is_not_staged() -> None:
     source = torch.zeros(4)
-    assert stage([[(torch.zeros(4), source)], []]) == ([None, None], {})
+    assert stage([[Copy(torch.zeros(4), source)], []]) == ([None, None], {})

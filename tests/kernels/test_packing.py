@@ -1,5 +1,6 @@
 """A packed bucket holds, byte for byte, what torch's copies and casts put there."""
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +13,8 @@ import torch  # isort: skip
 
 from tandem.engine.checkpoint.names import NameMap
 from tandem.kernels import backend
-from tandem.kernels.block_fp8 import quantise, scale_shape
-from tandem.kernels.packing import CASTS, Packer, Part
+from tandem.kernels.block_fp8 import quantise, scale_shape, scales_of
+from tandem.kernels.packing import CASTS, Magnitudes, Packer, Part
 from tandem.kernels.packing.layout import Loops, loops
 from tests.checkpoint.test_names import CONFIGS, megatron_shards, random_hf_state
 
@@ -66,11 +67,11 @@ def test_a_bucket_of_cuts_and_casts(seed: int, choice: Any) -> None:
     for index in range(21):
         dtype, to = casts[index % len(casts)]
         source = cut(rng, dtype)
-        if to == FP8 and source.dim() < 2:
+        if to == FP8 and dtype != FP8 and source.dim() < 2:
             source = source.view(1, -1)
         start = -(-end // 256) * 256 if rng.random() < 0.6 else -(-end // 4) * 4 + 4
         after = start + source.numel() * to.itemsize
-        if to != FP8:
+        if to != FP8 or dtype == FP8:
             parts.append(Part(source=source, start=start, dtype=to))
             wanted.append((start, bytes_of(source.to(to))))
             end = after
@@ -239,3 +240,47 @@ def test_no_parts_and_empty_parts_write_nothing() -> None:
         empty = Part(source=torch.zeros(0, 5, device=DEVICE), start=8, dtype=torch.bfloat16)
         assert packed([empty], choice, spare=20).tolist() == [GUARD] * 20
     assert scale_shape(0, 5) == (0, 1)
+
+
+@pytest.mark.parametrize("choice", BACKENDS)
+@pytest.mark.parametrize("seed", range(2))
+def test_parts_of_a_matrix_with_given_scales_have_the_bytes_of_the_whole(seed: int, choice: Any) -> None:
+    """Cut anywhere, the rows of a part in groups or not; the magnitudes of its blocks are found part by part as well."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    rows, columns, dtype = [(144, 176, torch.bfloat16), (264, 130, torch.float32)][seed]
+    whole = (torch.randn(rows, columns) * 10 ** rng.uniform(-20, 20)).to(dtype).to(DEVICE)
+    whole[:130, :129] = 0
+    fp8, scale = quantise(whole)
+    unit = [16, 1][seed]
+    row_cuts = [0, *sorted(rng.sample(range(1, rows // 12), 2)), rows // 12]
+    column_cuts = [0, rng.randrange(unit, columns, unit), columns]
+    largest = torch.zeros_like(scale)
+    cuts = []
+    for (top, bottom), (left, right) in itertools.product(itertools.pairwise(row_cuts), itertools.pairwise(column_cuts)):
+        source = whole[top * 12 : bottom * 12, left:right]
+        cuts.append((source.unflatten(0, (-1, 12)) if rng.random() < 0.5 else source, top * 12, left))
+    with backend.chosen(choice):
+        magnitudes = Magnitudes([(source, largest, row, column) for source, row, column in cuts])
+    magnitudes.find()
+    assert torch.equal(scales_of(largest), scale)
+    parts, end = [], 0
+    for source, row, column in cuts:
+        parts.append(Part(source=source, start=end, dtype=FP8, given_scales=scale, row=row, column=column))
+        end = -(-(end + source.numel()) // 16) * 16 + 3 * (unit == 1)
+    bucket = packed(parts, choice)
+    for part, (_, row, column) in zip(parts, cuts, strict=True):
+        expected = fp8[row:, column:][: part.source.shape[:-1].numel(), : part.source.shape[-1]]
+        assert torch.equal(bucket[part.start : part.end], bytes_of(expected))
+
+
+@pytest.mark.parametrize("choice", BACKENDS)
+def test_the_magnitude_of_a_block_with_an_infinite_element_is_none(choice: Any) -> None:
+    whole = torch.ones(200, 140, device=DEVICE)
+    whole[3, 4], whole[150, 139] = -torch.inf, torch.nan
+    largest = torch.zeros(2, 2, device=DEVICE)
+    with backend.chosen(choice):
+        Magnitudes([(whole[:100], largest, 0, 0), (whole[100:], largest, 100, 0)]).find()
+    assert largest[0].tolist() == [torch.inf, 1.0]
+    assert largest[1, 0] == 1.0
+    assert largest[1, 1].isnan()
