@@ -192,7 +192,7 @@ class Parts:
             corrected = config.loss.reference == "rollout"
             advice = "the loss weighs tokens by their ratio" if corrected else "loss.reference=rollout would weigh tokens by their ratio"
             say(
-                f"rollout.quantization is {config.rollout.quantization}: responses are drawn from quantised weights, and others are trained. "
+                f"rollout.quantization is {config.rollout.quantization}: responses are drawn from quantised weights, and others trained. "
                 f"train/logprob_diff shows the difference; {advice}, up to loss.importance_cap."
             )
         if config.mesh.cp > 1 and config.trainer.cp_attention == "auto":

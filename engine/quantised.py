@@ -56,10 +56,9 @@ def problem_of_engine(architecture: Architecture, tp: int) -> str:
     """
     for projection, side, size in _sides(architecture, tp):
         if size % BLOCK:
-            whose = f"each of the rollout.tp={tp} processes of an engine has" if tp > 1 else "the model has"
             return (
-                f"rollout.quantization is block_fp8, but {whose} {size} {side} of {projection}, which is no multiple of {BLOCK}: SGLang "
-                "cuts or joins that projection there"
+                f"rollout.quantization is block_fp8, but with rollout.tp={tp} a process of an engine has {size} {side} of {projection}, "
+                f"which is no multiple of {BLOCK}: SGLang cuts or joins that projection there"
             )
     return ""
 

@@ -290,9 +290,9 @@ def test_half_of_the_bytes_move() -> None:
         (
             {"head_dim": 64, "num_key_value_heads": 2},
             2,
-            r"each of the rollout\.tp=2 processes .* 64 rows of k_proj and v_proj, .* multiple of 128",
+            r"with rollout\.tp=2 a process .* 64 rows of k_proj and v_proj, .* multiple of 128",
         ),
-        ({"intermediate_size": 320}, 1, r"the model has 320 rows of gate_proj and up_proj"),
+        ({"intermediate_size": 320}, 1, r"has 320 rows of gate_proj and up_proj"),
         ({"hidden_size": 200}, 2, None),
         ({"model_type": "qwen3_moe", "moe_intermediate_size": 192}, 1, r"192 rows of the experts' gate_proj and up_proj"),
     ],
