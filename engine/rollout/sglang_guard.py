@@ -19,8 +19,9 @@ from pathlib import Path
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SCAN_S = 1.0  # between two looks at which files in shared memory the server has
 _KILL_S = 10.0  # for processes to go after SIGKILL
-# SGLang maps one of the first per server, and one of the second per server of several processes, and leaves them.
-SHARED_MEMORY = ("/dev/shm/sglang_loads_", "/dev/shm/sgl_shm_mq_")
+# SGLang maps one of the first per server, one of the second per server of several processes, and one of the third per lock that its
+# spawned processes share (of images, for example), and leaves them.
+SHARED_MEMORY = ("/dev/shm/sglang_loads_", "/dev/shm/sgl_shm_mq_", "/dev/shm/sem.mp-")
 
 
 def main() -> None:
@@ -58,14 +59,23 @@ def _wait(ends: list[int], session: int) -> set[str]:
 
 
 def mapped_files(session: int) -> set[str]:
-    """What a session's processes have of SGLang's in shared memory."""
+    """What a session's processes have of SGLang's in shared memory.
+
+    Found by inode: who makes a semaphore maps it before it has its name, and its maps show another one, deleted since.
+    """
+    names = dict[tuple[str, str], str]()  # by (device, inode) as maps show them
+    for path in Path("/dev/shm").iterdir():
+        if str(path).startswith(SHARED_MEMORY):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                names[f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino)] = str(path)
     files = set[str]()
-    for pid in processes(session):
+    for pid in processes(session) if names else ():
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-                path = line[line.find("/") :].removesuffix(" (deleted)")
-                if path.startswith(SHARED_MEMORY):
-                    files.add(path)
+                _, _, _, device, inode, *_ = line.split(maxsplit=5)
+                if (device, inode) in names:
+                    files.add(names[device, inode])
     return files
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tandem.engine.config import RolloutConfig, SGLangConfig
 from tandem.engine.rollout.sglang import SGLangEngine
+from tandem.engine.rollout.sglang_guard import SHARED_MEMORY
 from tandem.engine.rollout.sglang_server import ServerSetup, SGLangServer
 from tandem.engine.rollout.sglang_versions import find_python
 from tests.rollout.models import CONTEXT_LENGTH
@@ -19,6 +20,13 @@ from tests.rollout.models import CONTEXT_LENGTH
 MARKS = (pytest.mark.sglang, pytest.mark.timeout(400))
 SGLANG = SGLangConfig(stream_interval=4, start_timeout_s=300.0)
 MAX_RUNNING = 64
+
+
+def marked(test: Any) -> Any:
+    """The test with these marks."""
+    for mark in MARKS:
+        test = mark(test)
+    return test
 
 
 def need_sglang() -> None:
@@ -88,3 +96,8 @@ def server_processes() -> set[int]:
                 if is_server and state != "Z" and session in (entry / "environ").read_bytes().split(b"\0"):
                     found.add(int(entry.name))
     return found
+
+
+def shared_files() -> set[str]:
+    """What SGLang's servers have in shared memory under names."""
+    return {str(path) for path in Path("/dev/shm").iterdir() if str(path).startswith(SHARED_MEMORY)}

@@ -17,7 +17,7 @@ from tandem.engine.rollout.sglang import SGLangEngine
 from tandem.engine.rollout.sglang_server import SGLangServer
 from tandem.engine.types import Completion, GenerationRequest, StopState, WeightTransferError
 from tests.rollout.models import CONTEXT_LENGTH, VOCAB_SIZE, disk_tensors, send, serve, tiny_model
-from tests.rollout.sglang_servers import MARKS, SGLANG, Servers, need_sglang, setup_of
+from tests.rollout.sglang_servers import SGLANG, Servers, marked, need_sglang, setup_of
 
 CONFIG = RolloutConfig(
     engine="sglang",
@@ -26,12 +26,6 @@ CONFIG = RolloutConfig(
     sglang=SGLANG,
     elastic=ElasticConfig(enabled=True, timeout_s=60.0),
 )
-
-
-def marked(test: Any) -> Any:
-    for mark in MARKS:
-        test = mark(test)
-    return test
 
 
 @pytest.fixture(scope="module")

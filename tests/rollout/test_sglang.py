@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,14 @@ from tandem.engine.buckets import ShardedWeightSink
 from tandem.engine.config import RepetitionConfig, RolloutConfig, SGLangConfig
 from tandem.engine.rollout.sglang import SGLangEngine
 from tandem.engine.rollout.sglang_client import SGLangClient
-from tandem.engine.rollout.sglang_guard import SHARED_MEMORY, mapped_files, processes
+from tandem.engine.rollout.sglang_guard import mapped_files, processes
 from tandem.engine.rollout.sglang_server import SGLangServer
 from tandem.engine.types import Completion, EngineDiedError, GenerationRequest, StopState, WeightTransferError
 from tests.rollout.models import VOCAB_SIZE, disk_tensors, metas, reference_logprobs, send, serve, tiny_model
-from tests.rollout.sglang_servers import MARKS, SGLANG, Servers, need_sglang, server_processes, setup_of
+from tests.rollout.sglang_servers import SGLANG, Servers, marked, need_sglang, server_processes, setup_of, shared_files
 
 PROMPT = tuple(range(3, 43))
 CONFIG = RolloutConfig(max_batch=8, repetition=RepetitionConfig(max_period=0, ngram=0), sglang=SGLANG)
-
-
-def marked(test: Any) -> Any:
-    for mark in MARKS:
-        test = mark(test)
-    return test
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +111,24 @@ def test_a_port_that_is_taken_while_the_server_starts_is_named(models: list[PreT
         listener.listen()
         with pytest.raises(EngineDiedError, match=r"its port was taken while it started: choose another rollout\.sglang\.port"):
             engine.wait_until_ready()
+
+
+def test_a_server_that_is_closed_at_once_leaves_nothing(
+    models: list[PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its guard has hardly begun: nobody else removes what the leader wrote. The interpreter says that it has SGLang, and never serves."""
+    before, folders = server_processes(), tmp_path / "folders"
+    folders.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folders))
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nif [ "$1" = -c ]; then echo 0.5.21; else exec sleep 1000; fi\n')
+    python.chmod(0o755)
+    server = SGLangServer(setup_of(models[0], config=SGLangConfig(python=str(python))))
+    (folder,) = folders.iterdir()
+    assert (folder / "model" / "config.json").exists()
+    server.close()
+    assert not list(folders.iterdir())
+    assert server_processes() <= before
 
 
 # ---- a server that serves
@@ -226,10 +239,6 @@ def test_a_model_that_sglang_builds_otherwise_is_refused(sglang_servers: Servers
     assert serves(engine, model, 2)
 
 
-def shared_files() -> set[str]:
-    return {str(path) for path in Path("/dev/shm").iterdir() if str(path).startswith(SHARED_MEMORY)}
-
-
 @marked
 @pytest.mark.slow
 def test_two_processes_share_a_model_and_flip_together(models: list[PreTrainedModel], tmp_path: Path) -> None:
@@ -318,6 +327,31 @@ def test_a_server_that_stalls_is_killed(sglang_servers: Servers, models: list[Pr
     with pytest.raises(EngineDiedError, match=r"generated nothing for rollout\.sglang\.stall_timeout_s=1 s and was killed"):
         list(generation)
     sglang_servers.close()
+
+
+@marked
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_server_whose_guard_is_killed_is_replaced_and_leaves_nothing(models: list[PreTrainedModel], tmp_path: Path) -> None:
+    need_sglang()
+    with SGLangEngine(SGLangServer(setup_of(models[0], log_path=tmp_path / "log")), CONFIG, stop_token_ids=()) as engine:
+        serve(engine, models[0], policy_version=0)
+        guard = engine.server.pid
+        (server,) = Path(f"/proc/{guard}/task/{guard}/children").read_text().split()
+        pids, files = {guard, *processes(int(server))}, mapped_files(int(server))
+        folder = Path(f"/proc/{guard}/cmdline").read_text().split("\0")[4]
+        assert files
+        os.kill(guard, signal.SIGKILL)
+        with pytest.raises(EngineDiedError, match="call restart"):
+            list(engine.generate([ask("long", 50)]))
+        engine.restart()
+        deadline = time.monotonic() + 120
+        while pids & server_processes() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not pids & server_processes()
+        assert not list(filter(os.path.exists, (*files, folder)))
+        serve(engine, models[1], policy_version=1)
+        assert serves(engine, models[1], 1)
 
 
 @marked

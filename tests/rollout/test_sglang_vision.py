@@ -21,7 +21,7 @@ from tandem.engine.rollout.sglang_generation import Generation
 from tandem.engine.rollout.sglang_members import Member
 from tandem.engine.rollout.sglang_server import ServerSetup, SGLangServer
 from tandem.engine.types import Completion, GenerationRequest, Group, Response, Segment, StopState
-from tests.rollout.sglang_servers import need_sglang
+from tests.rollout.sglang_servers import need_sglang, shared_files
 
 CONTEXT, NUM_TOKENS = 128, 4
 SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")  # 259 to 262
@@ -91,12 +91,14 @@ class VisionServer(SGLangServer):
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[SGLangClient]:
     need_sglang()
+    before = shared_files()
     server = VisionServer(write_model(tmp_path / "model"), tmp_path / "model")
     with contextlib.closing(server):
         server.wait_until_healthy()
         client = SGLangClient(server.url)
         with contextlib.closing(client):
             yield client
+    assert shared_files() <= before  # its processes of image processors share semaphores
 
 
 def answered(client: SGLangClient, requests: list[GenerationRequest]) -> dict[str, Completion]:
