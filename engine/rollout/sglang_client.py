@@ -20,6 +20,8 @@ T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 5.0
 _ERROR_CHARS = 2000
 _ABORT = "/abort_request"
+# SGLang closes a connection after 5 s without a request. One that is sent at that moment would look as if the server had died.
+_IDLE_S = 2.0
 
 
 class ServerGoneError(Exception):
@@ -34,11 +36,11 @@ class SGLangClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="sglang-client")
         self._thread.start()
-        # Deadlines are the callers': a response may take hours to begin.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._http = httpx.AsyncClient(timeout=None, limits=limits, trust_env=False)
+        self._http = _http()
+        # Each has one connection: a pool looks through all of its own several times for each request, 8 ms where 256 are open.
+        self._streams: list[httpx.AsyncClient] = []  # that nobody uses
         self.num_commands = self.num_running = 0  # commands sent, and those of them that are not answered yet
-        self._finalizer = weakref.finalize(self, _close, self._loop, self._thread, self._http, os.getpid())
+        self._finalizer = weakref.finalize(self, _close, self._loop, self._thread, self._http, self._streams, os.getpid())
 
     def at(self, url: str, who: str = "SGLang") -> Self:
         """A client of another server in the same thread, closed with this one. `who` answers, as errors say it."""
@@ -79,8 +81,9 @@ class SGLangClient:
 
     async def stream(self, **fields: Any) -> AsyncIterator[dict[str, Any]]:
         """POST /generate, and each of its server-sent events. Raises: as `call`."""
+        http = self._streams.pop() if self._streams else _http()
         try:
-            async with self._http.stream("POST", f"{self._url}/generate", json=fields | {"stream": True}) as answer:
+            async with http.stream("POST", f"{self._url}/generate", json=fields | {"stream": True}) as answer:
                 if answer.status_code != 200:
                     text = (await answer.aread()).decode(errors="replace")
                     raise RuntimeError(f"{self._who} answered /generate with {answer.status_code}: {text[:_ERROR_CHARS]}")
@@ -93,10 +96,18 @@ class SGLangClient:
                             yield _checked(json.loads(data))
         except httpx.TransportError as error:
             raise ServerGoneError(f"/generate: {error!r}") from error
+        finally:
+            self._streams.append(http)
 
     def close(self) -> None:
         """End what runs. May be called twice."""
         self._finalizer()
+
+
+def _http() -> httpx.AsyncClient:
+    # Deadlines are the callers': a response may take hours to begin. Nothing is encrypted: certificates need not be read.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S)
+    return httpx.AsyncClient(timeout=None, limits=limits, trust_env=False, verify=False)
 
 
 def _checked(event: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +116,9 @@ def _checked(event: dict[str, Any]) -> dict[str, Any]:
     return event
 
 
-def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, http: httpx.AsyncClient, owner_pid: int) -> None:
+def _close(
+    loop: asyncio.AbstractEventLoop, thread: threading.Thread, http: httpx.AsyncClient, streams: list[httpx.AsyncClient], owner_pid: int
+) -> None:
     if os.getpid() != owner_pid:
         return
 
@@ -114,7 +127,8 @@ def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, http: http
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await http.aclose()
+        for each in (http, *streams):
+            await each.aclose()
 
     with suppress(concurrent.futures.TimeoutError):
         asyncio.run_coroutine_threadsafe(end(), loop).result(_CLOSE_TIMEOUT_S)

@@ -46,7 +46,7 @@ async def watch(client: SGLangClient, config: SGLangConfig) -> str:
 def stacks(guard_pid: int, python: Path) -> str:
     """What the processes of a server are doing: their states, and the main threads' innermost frames where its environment has py-spy."""
     parts = list[str]()
-    for session in _children(guard_pid):
+    for session in sessions(guard_pid):
         for pid in sorted(processes(session)):
             with suppress(OSError):
                 title = (Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip())[:60]
@@ -56,9 +56,10 @@ def stacks(guard_pid: int, python: Path) -> str:
     return "\n".join(parts)
 
 
-def _children(pid: int) -> list[int]:
+def sessions(guard_pid: int) -> list[int]:
+    """The session of the processes that a guard watches; none once there is no guard."""
     with suppress(OSError):
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [int(child) for child in Path(f"/proc/{guard_pid}/task/{guard_pid}/children").read_text().split()]
     return []
 
 

@@ -6,6 +6,7 @@ Nothing of the trainer's environment reaches it but a link to `tandem.engine`, f
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,8 @@ from typing import IO, Any
 from tandem.engine.architecture import Architecture
 from tandem.engine.config import SGLangConfig
 from tandem.engine.quantised import problem_of_engine, quantization_config
-from tandem.engine.rollout.sglang_health import cause_in, stacks
+from tandem.engine.rollout.sglang_guard import mapped_files
+from tandem.engine.rollout.sglang_health import cause_in, sessions, stacks
 from tandem.engine.rollout.sglang_versions import SGLangVersion, find_python, version_of
 from tandem.engine.rollout_config import Quantization
 from tandem.engine.types import EngineDiedError
@@ -99,7 +101,8 @@ class SGLangServer:
         command = [sys.executable, "-m", "tandem.engine.rollout.sglang_guard", str(os.getpid()), str(folder), *self._command(folder)]
         self._guard = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True)
         self._started_s = time.monotonic()
-        self._finalizer = weakref.finalize(self, _stop, self._guard, os.getpid())
+        self._files = set[str]()  # in shared memory
+        self._finalizer = weakref.finalize(self, _stop, self._guard, folder, self._files, os.getpid())
 
     def _command(self, folder: Path) -> list[str]:
         setup, config = self.setup, self.setup.config
@@ -184,6 +187,7 @@ class SGLangServer:
                 raise self.died()
             try:
                 with direct.open(f"{self.url}/health", timeout=_HEALTH_TIMEOUT_S) as answer:
+                    self._files.update(*map(mapped_files, sessions(self._guard.pid)))
                     self.is_healthy = answer.status == 200
             except (OSError, urllib.error.URLError):
                 time.sleep(_HEALTH_POLL_S)
@@ -277,7 +281,10 @@ def _terminate(guard: subprocess.Popen[bytes]) -> None:
         guard.wait()
 
 
-def _stop(guard: subprocess.Popen[bytes], owner_pid: int) -> None:
+def _stop(guard: subprocess.Popen[bytes], folder: Path, files: set[str], owner_pid: int) -> None:
     """Runs at `close`, when the server is garbage, and at the interpreter's exit; in forked children it does nothing."""
     if os.getpid() == owner_pid:
         _terminate(guard)
+        for file in files:  # the guard has done this, unless it was killed, or was still starting
+            Path(file).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
