@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "routing": {"architecture"},  # by the trainer's routers and the rollout engine's
     "quantised": {"types", "architecture", "kernels"},  # by the sender of weights, by their receiver, and by the check before a run
     "kernels": set(),
+    "loop_thread": set(),  # of the clients of SGLang and of a judge's model
     "buckets": {"types", "device_buckets"},
     "device_buckets": set(),
     "trace": set(),
@@ -44,8 +45,8 @@ ALLOWED: dict[str, set[str]] = {
     "log": {*CONFIG, *LOG},
     "hardware": CONFIG,
     "data": GROUND,
-    "rollout": {*GROUND, "buckets"},
-    "reward": GROUND,
+    "rollout": {*GROUND, "buckets", "loop_thread"},
+    "reward": {*GROUND, "loop_thread"},
     "algo": GROUND,
     "trainer": {*GROUND, "algo"},
     "checkpoint": {"types", *CONFIG, "architecture", "quantised", "log", "buckets", "kernels"},  # a kernel packs what lies on a GPU

@@ -6,10 +6,7 @@ What goes wrong on the way is tried again; what a reply says is read by the call
 import asyncio
 import itertools
 import json
-import os
 import random
-import threading
-import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -19,6 +16,8 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
+from tandem.engine.loop_thread import LoopThread
+
 T = TypeVar("T")
 Message = dict[str, str]
 
@@ -27,7 +26,7 @@ MAX_SHOWN_CHARS = 300
 MAX_OBJECT_CHARS = 4000  # at the end of a reply; a verdict has some dozens
 _OF_THE_QUESTION = (400, 413, 422)  # statuses that another question may not get
 RETRY_TEMPERATURE = 0.7  # asked the same at 0, a model says the same again
-_START_TIMEOUT_S, _CLOSE_TIMEOUT_S = 10.0, 5.0
+_START_TIMEOUT_S = 10.0
 _AFTER_AN_OBJECT = " \t\r\n`~"  # the end of a fenced block
 
 
@@ -95,17 +94,14 @@ class ChatClient:
         self._http = httpx.AsyncClient(
             base_url=endpoint.url.rstrip("/") + "/", headers=headers, timeout=None, limits=limits, trust_env=False
         )
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="chat-client")
-        self._thread.start()
-        self._finalizer = weakref.finalize(self, _close, self._loop, self._thread, self._http, os.getpid())
+        self._thread = LoopThread("chat-client", self._http.aclose)
 
     def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
         """Run a coroutine, such as `ask`, in the client's thread."""
-        if not self._finalizer.alive:
+        if not self._thread.is_open:
             work.close()
             raise ChatError("the client is closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        return self._thread.submit(work)
 
     async def ask(self, messages: Sequence[Message], read: Callable[[Reply], T], *, num_tries: int = 1) -> T:
         """What `read` makes of the model's reply. Replies that it refuses with MalformedReplyError are asked for again.
@@ -115,7 +111,7 @@ class ChatClient:
         Raises: ChatError; MalformedReplyError of the last try.
         """
         async with self._places:
-            deadline = self._loop.time() + self._endpoint.deadline_s
+            deadline = self._thread.time() + self._endpoint.deadline_s
             for number in itertools.count(1):
                 body = {"model": self.model, "messages": list(messages), "max_tokens": self._endpoint.max_tokens, "seed": number}
                 reply = await self._reply({**body, "temperature": 0 if number == 1 else RETRY_TEMPERATURE}, deadline)
@@ -129,14 +125,14 @@ class ChatClient:
     async def sample(self, messages: Sequence[Message], *, temperature: float, seed: int, max_tokens: int) -> Reply:
         """One sampled reply, whatever it says. In the client's thread only. Raises: ChatError."""
         async with self._places:
-            deadline = self._loop.time() + self._endpoint.deadline_s
+            deadline = self._thread.time() + self._endpoint.deadline_s
             body = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, "seed": seed}
             return await self._reply({**body, "temperature": temperature}, deadline)
 
     async def _reply(self, body: dict[str, Any], deadline: float) -> Reply:
         """One reply; whatever may pass by itself is tried again until the deadline."""
         problem, wait_s = "nothing was asked", FIRST_WAIT_S
-        while (left_s := deadline - self._loop.time()) > 0:
+        while (left_s := deadline - self._thread.time()) > 0:
             retry_after_s = None
             try:
                 async with asyncio.timeout(min(left_s, self._endpoint.attempt_s)):
@@ -154,14 +150,14 @@ class ChatClient:
                 problem = f"{type(error).__name__}: {error}"
             pause_s = wait_s * random.uniform(0.5, 1.0) if retry_after_s is None else retry_after_s
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-            if self._loop.time() + pause_s >= deadline:
+            if self._thread.time() + pause_s >= deadline:
                 break
             await asyncio.sleep(pause_s)
         raise ChatError(f"{self._endpoint.url} gave no reply within {self._endpoint.deadline_s:g} s; the last problem: {problem}")
 
     def close(self) -> None:
         """End what runs; its futures are cancelled. May be called twice."""
-        self._finalizer()
+        self._thread.close()
 
     def __enter__(self) -> Self:
         return self
@@ -223,23 +219,3 @@ def _model_at(url: str, headers: dict[str, str], wanted: str | None) -> str:
     if wanted not in models:
         raise ValueError(f"{url} has no model {wanted!r}; it has {', '.join(models) or 'none'}")
     return wanted
-
-
-def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, http: httpx.AsyncClient, owner_pid: int) -> None:
-    """At `close`, when the client is garbage, and at the interpreter's exit; in forked children, which have no such thread, nothing."""
-    if os.getpid() != owner_pid:
-        return
-
-    async def end() -> None:
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await http.aclose()
-
-    with suppress(TimeoutError):
-        asyncio.run_coroutine_threadsafe(end(), loop).result(_CLOSE_TIMEOUT_S)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(_CLOSE_TIMEOUT_S)
-    if not thread.is_alive():
-        loop.close()

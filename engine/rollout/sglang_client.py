@@ -3,18 +3,17 @@
 `call` is for commands; `stream` yields what a generation sends, as it sends it.
 """
 
-import asyncio
 import concurrent.futures
 import copy
+import functools
 import json
-import os
-import threading
-import weakref
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, Self, TypeVar
 
 import httpx
+
+from tandem.engine.loop_thread import LoopThread
 
 T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 5.0
@@ -33,14 +32,11 @@ class SGLangClient:
 
     def __init__(self, url: str) -> None:
         self._url, self._who = url, "SGLang"
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="sglang-client")
-        self._thread.start()
         self._http = _http()
         # Each has one connection: a pool looks through all of its own several times for each request, 8 ms where 256 are open.
         self._streams: list[httpx.AsyncClient] = []  # that nobody uses
         self.num_commands = self.num_running = 0  # commands sent, and those of them that are not answered yet
-        self._finalizer = weakref.finalize(self, _close, self._loop, self._thread, self._http, self._streams, os.getpid())
+        self._thread = LoopThread("sglang-client", functools.partial(_close, self._http, self._streams))
 
     def at(self, url: str, who: str = "SGLang") -> Self:
         """A client of another server in the same thread, closed with this one. `who` answers, as errors say it."""
@@ -49,11 +45,8 @@ class SGLangClient:
         return other
 
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Run in the client's thread."""
-        if not self._finalizer.alive:
-            work.close()
-            raise RuntimeError("the SGLang client is closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Run in the client's thread. Raises: RuntimeError after `close`."""
+        return self._thread.submit(work)
 
     async def call(self, path: str, **fields: Any) -> Any:
         """POST, and the answer's JSON. Raises: ServerGoneError; RuntimeError with the server's message for another status than 200."""
@@ -101,7 +94,7 @@ class SGLangClient:
 
     def close(self) -> None:
         """End what runs. May be called twice."""
-        self._finalizer()
+        self._thread.close()
 
 
 def _http() -> httpx.AsyncClient:
@@ -116,23 +109,6 @@ def _checked(event: dict[str, Any]) -> dict[str, Any]:
     return event
 
 
-def _close(
-    loop: asyncio.AbstractEventLoop, thread: threading.Thread, http: httpx.AsyncClient, streams: list[httpx.AsyncClient], owner_pid: int
-) -> None:
-    if os.getpid() != owner_pid:
-        return
-
-    async def end() -> None:
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for each in (http, *streams):
-            await each.aclose()
-
-    with suppress(concurrent.futures.TimeoutError):
-        asyncio.run_coroutine_threadsafe(end(), loop).result(_CLOSE_TIMEOUT_S)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(_CLOSE_TIMEOUT_S)
-    if not thread.is_alive():
-        loop.close()
+async def _close(http: httpx.AsyncClient, streams: list[httpx.AsyncClient]) -> None:
+    for each in (http, *streams):
+        await each.aclose()
