@@ -173,8 +173,11 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
 
 
 def _scaled_gradients(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    grads = [None, None] if grad is None else [gradient * grad for gradient in ctx.saved_tensors]
-    return *grads, None, None, None, None
+    gradients: Any = (None, None) if grad is None else ctx.saved_tensors
+    # A product with the usual 1 would be one more copy of the weight's size. The value on a GPU, or while traced, is not looked at.
+    if grad is not None and not (type(grad) is torch.Tensor and not grad.is_cuda and grad.item() == 1):
+        gradients = [gradient * grad for gradient in gradients]
+    return *gradients, None, None, None, None
 
 
 _sum.register_autograd(_scaled_gradients, keep=_keep_gradients)

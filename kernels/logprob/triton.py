@@ -29,7 +29,7 @@ BLOCK_TOKENS, BLOCK_COLUMNS = 16384, 8192
 # Gradient in forward: tokens whose whole rows of fp32 logits exist at a time (1.2 GiB at V = 152k). Each block reads and writes the
 # fp32 gradient of the whole weight, which fewer tokens would do more often.
 ROW_TOKENS = 2048
-ROW_COLUMNS = 4096  # of a row that a program holds at a time
+ROW_OPTIONS = {"COLUMNS": 4096, "num_warps": 8}  # columns of a row that a program holds at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +64,12 @@ def logprob_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logprobs_T, entropy_T, lse_T). Raises: ValueError for fp64."""
     (num_tokens, width), vocab_size = _shape(hidden_TH), len(weight_VH)
-    tiles = tiles_for(hidden_TH, weight_VH)
-    num_splits = triton.cdiv(vocab_size, tiles.columns * TILES_PER_SPLIT)
+    num_splits = triton.cdiv(vocab_size, tiles_for(hidden_TH, weight_VH).columns * TILES_PER_SPLIT)
     stats_N4T = temperature_T.new_empty((num_splits, 4, num_tokens))
     if num_tokens:
         local_T = reference.local_targets(targets_T, vocab_size, tp_group)
-        operands = _operands(hidden_TH, weight_VH, tiles)
-        sizes = (num_tokens, vocab_size, width)
-        _stats_kernel[(triton.cdiv(num_tokens, tiles.rows) * num_splits,)](
-            *operands, local_T, temperature_T, stats_N4T, *sizes, TILES=TILES_PER_SPLIT, **_options(tiles)
-        )
+        arguments = (local_T, temperature_T, stats_N4T, num_tokens, vocab_size, width)
+        _launch(_stats_kernel, hidden_TH, weight_VH, num_splits, arguments, TILES=TILES_PER_SPLIT)
     return reference.finish(reference.merge(stats_N4T), tp_group)
 
 
@@ -102,7 +98,9 @@ def logprob_backward(
         for rows in _slices(num_tokens, BLOCK_TOKENS):
             hidden_tH, block_tv = hidden_TH[rows], dz_tv[: rows.stop - rows.start, : len(weight_vH)]
             per_token = (local_T[rows] - columns.start, temperature_T[rows], lse_T[rows], entropy_T[rows], g_T[rows], g_entropy_T[rows])
-            _launch_dz(hidden_tH, weight_vH, per_token, block_tv, with_entropy=grad_entropy_T is not None)
+            arguments = (*per_token, block_tv, len(hidden_tH), len(weight_vH), hidden_tH.shape[1], block_tv.stride(0))
+            num_tiles = triton.cdiv(len(weight_vH), tiles_for(hidden_tH, weight_vH).columns)
+            _launch(_dz_kernel, hidden_tH, weight_vH, num_tiles, arguments, ENTROPY=grad_entropy_T is not None)
             _add_product(grad_hidden_TH[rows], block_tv, weight_vH)
             _add_product(grad_weight_vH, block_tv.T, hidden_tH)
         grad_weight_VH[columns] = grad_weight_vH
@@ -131,12 +129,12 @@ def logprob_with_gradient(
         logits_tV = _product(hidden_tH, weight_VH.T)
         stats_4t = temperature_T.new_empty((4, len(hidden_tH)))
         _row_stats_kernel[(len(hidden_tH),)](
-            logits_tV, local_T[rows], temperature_T[rows], stats_4t, len(hidden_tH), vocab_size, COLUMNS=ROW_COLUMNS, num_warps=8
+            logits_tV, local_T[rows], temperature_T[rows], stats_4t, len(hidden_tH), vocab_size, **ROW_OPTIONS
         )
         logprobs_T[rows], entropy_T[rows], lse_t = reference.finish(stats_4t, tp_group)
         dz_tV = torch.empty_like(logits_tV, dtype=hidden_TH.dtype)
-        _row_dz_kernel[(len(hidden_tH), triton.cdiv(vocab_size, ROW_COLUMNS))](
-            logits_tV, local_T[rows], temperature_T[rows], lse_t, coefficients_T[rows], dz_tV, vocab_size, COLUMNS=ROW_COLUMNS, num_warps=8
+        _row_dz_kernel[(len(hidden_tH), triton.cdiv(vocab_size, ROW_OPTIONS["COLUMNS"]))](
+            logits_tV, local_T[rows], temperature_T[rows], lse_t, coefficients_T[rows], dz_tV, vocab_size, **ROW_OPTIONS
         )
         _add_product(grad_hidden_TH[rows], dz_tV, weight_VH)
         _add_product(grad_weight_VH, dz_tV.T, hidden_tH)
@@ -145,13 +143,13 @@ def logprob_with_gradient(
     return logprobs_T, entropy_T, grad_hidden_TH.to(hidden_TH.dtype), grad_weight_VH.to(weight_VH.dtype)
 
 
-def _launch_dz(
-    hidden_tH: torch.Tensor, weight_vH: torch.Tensor, per_token: tuple[Any, ...], dz_tv: torch.Tensor, *, with_entropy: bool
+def _launch(
+    kernel: Any, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, num_parts: int, arguments: tuple[Any, ...], **constants: Any
 ) -> None:
-    tiles = tiles_for(hidden_tH, weight_vH)
-    grid = (triton.cdiv(len(hidden_tH), tiles.rows) * triton.cdiv(len(weight_vH), tiles.columns),)
-    sizes = (len(hidden_tH), len(weight_vH), hidden_tH.shape[1], dz_tv.stride(0))
-    _dz_kernel[grid](*_operands(hidden_tH, weight_vH, tiles), *per_token, dz_tv, *sizes, ENTROPY=with_entropy, **_options(tiles))
+    """One program for each tile of tokens and each of so many parts of the vocabulary."""
+    tiles = tiles_for(hidden_TH, weight_VH)
+    grid = (triton.cdiv(len(hidden_TH), tiles.rows) * num_parts,)
+    kernel[grid](*_operands(hidden_TH, weight_VH, tiles), *arguments, **constants, **_options(tiles))
 
 
 def _shape(hidden_TH: torch.Tensor) -> torch.Size:
