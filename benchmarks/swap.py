@@ -1,12 +1,16 @@
 """Time of a weight swap against a plain memory copy of the same bytes, side by side, and the memory that it takes.
 
     python benchmarks/swap.py [--engines embedded sglang] [--megabytes 1024] [--dtype bfloat16] [--ranks 1 2] [--bucket-kib 2048]
+        [--quantization block_fp8]
 
 Every rank leads one engine: an embedded one (a child process), or a real SGLang server on the CPU (`make sglang`; one rank). The bytes are
 what all engines receive together. Swap and copy alternate, so that both meet the same load of the machine. The copy is one process, one
 thread, whole tensors (torch's `copy_`) into memory that was touched before. "first" are the first two swaps: each fills one of the
 engine's two copies of the weights for the first time, and the first also plans and opens the shared memory. The engines verify every
 checksum before they commit, so a swap that ended moved the right bytes.
+
+With --quantization block_fp8 (SGLang), matrices are quantised on their way into the buckets. The copy is still that of the trainer's bytes,
+about twice as many: what a swap would be measured by without it.
 
 Where the time of a swap goes: buckets (from the first one's writing to the last one's verifying), commit, and the rest (agreement of the
 ranks). "leave" is the switch back. All are in the trace too, as phases.
@@ -48,6 +52,7 @@ from tandem.engine.log import RunLog
 from tandem.engine.rollout.embedded import EmbeddedEngine
 from tandem.engine.rollout.sglang import SGLangEngine
 from tandem.engine.rollout.sglang_server import ServerSetup, SGLangServer
+from tandem.engine.rollout_config import Quantization
 from tandem.engine.types import WeightShard
 from tests.ranks import run_ranks
 
@@ -188,28 +193,30 @@ class Timed:
         self.commit_s = time.perf_counter() - start
 
 
-def start(kind: str, hf_config: Mapping[str, Any], dtype: str) -> EmbeddedEngine | SGLangEngine:
+def start(kind: str, hf_config: Mapping[str, Any], dtype: str, quantization: Quantization | None) -> EmbeddedEngine | SGLangEngine:
     sizes: dict[str, Any] = {"dtype": dtype, "context_length": 128}
     if kind == "embedded":
         return EmbeddedEngine(hf_config, RolloutConfig(), stop_token_ids=(), num_threads=1, **sizes)
     config = SGLangConfig(kv_tokens=1024)
     named = {**hf_config, "architectures": ["Qwen3ForCausalLM"]}
-    server = SGLangServer(ServerSetup(hf_config=named, config=config, max_running=4, **sizes))
+    server = SGLangServer(ServerSetup(hf_config=named, config=config, max_running=4, quantization=quantization, **sizes))
     return SGLangEngine(server, RolloutConfig(engine="sglang", sglang=config), stop_token_ids=(), timeout_s=600.0)
 
 
-def measure(kind: str, hf_config: Mapping[str, Any], dtype: str, config: SwapConfig, repeats: int, folder: str) -> dict[str, Any]:
+def measure(
+    kind: str, hf_config: Mapping[str, Any], dtype: str, quantization: Quantization | None, config: SwapConfig, repeats: int, folder: str
+) -> dict[str, Any]:
     """One rank: swaps and copies in turn; the copies are rank 0's, of the bytes of all engines."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     source = Source(hf_config, getattr(torch, dtype))
     tensors = [shard.tensor for shard in source.weight_shards()]
     copies = [[torch.zeros_like(tensor) for tensor in tensors] for _ in range(num_ranks if rank == 0 else 0)]
-    engine = start(kind, hf_config, dtype)
+    engine = start(kind, hf_config, dtype, quantization)
     engine.rollback()  # its process has then started and imported all it needs
     timed = Timed(engine)
     assert dist.group.WORLD is not None
     log = RunLog(Path(folder), rank=rank, num_ranks=num_ranks, config=LogConfig(progress=False, tensorboard=False), num_steps=repeats + 2)
-    swap = WeightSwap(source, timed, config, control_group=dist.group.WORLD, log=log)
+    swap = WeightSwap(source, timed, config, control_group=dist.group.WORLD, quantization=quantization, log=log)
     memories = [Memory(os.getpid()), Memory(largest_child(engine.server.pid if isinstance(engine, SGLangEngine) else engine.pid))]
     kept = [-memory.anonymous for memory in memories]
     spent: dict[str, list[float]] = {name: [] for name in ("swap_s", "copy_s", "buckets_s", "commit_s", "leave_s")}
@@ -251,6 +258,7 @@ def measure(kind: str, hf_config: Mapping[str, Any], dtype: str, config: SwapCon
     log.close()
     first = spent["swap_s"][:2]
     memory = {"extra_bytes": extra_bytes, "kept_bytes": kept}
+    memory["copied_bytes"] = sum(tensor.nbytes for tensor in tensors) * num_ranks
     return {"bytes": stats.num_bytes, "buckets": stats.num_buckets, "route": stats.route, "first_s": first, **memory} | {
         name: seconds[2:] for name, seconds in spent.items()
     }
@@ -264,7 +272,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="of embedded engines; SGLang runs with one")
     parser.add_argument("--bucket-kib", type=int, nargs="+", default=[SwapConfig().bucket_bytes >> 10])
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--quantization", choices=["block_fp8"], help="of what SGLang receives")
     args = parser.parse_args()
+    if args.quantization and args.engines != ["sglang"]:
+        parser.error("--quantization needs --engines sglang")
     root = Path(__file__).resolve().parent.parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root).stdout.strip()
     versions = f"torch {torch.__version__}, commit {commit}, load average {os.getloadavg()[0]:.1f}"
@@ -281,9 +292,10 @@ def main() -> None:
                 for kib in args.bucket_kib:
                     repeats = args.repeats * (3 if label == "toy" else 1)
                     with tempfile.TemporaryDirectory() as folder:
-                        of = kind, model, args.dtype, SwapConfig(bucket_bytes=kib << 10), repeats, folder
+                        of = kind, model, args.dtype, args.quantization, SwapConfig(bucket_bytes=kib << 10), repeats, folder
                         found = run_ranks(measure, num_ranks, *of, timeout_s=1800)[0]
-                    report(found, {"model": label, "engine": kind, "dtype": args.dtype, "ranks": num_ranks, "commit": commit}, kib)
+                    dtype = args.quantization or args.dtype
+                    report(found, {"model": label, "engine": kind, "dtype": dtype, "ranks": num_ranks, "commit": commit}, kib)
 
 
 def report(found: Mapping[str, Any], about: Mapping[str, Any], kib: int) -> None:
@@ -294,6 +306,7 @@ def report(found: Mapping[str, Any], about: Mapping[str, Any], kib: int) -> None
         **about,
         "route": found["route"],
         "bytes": found["bytes"],
+        "copied_bytes": found["copied_bytes"],
         "bucket_bytes": kib << 10,
         "buckets": found["buckets"],
         **median,
@@ -306,8 +319,8 @@ def report(found: Mapping[str, Any], about: Mapping[str, Any], kib: int) -> None
         "first_s": found["first_s"],
     }
     cells = [
-        f"{median[name] * 1e3:.2f} ({min(found[name]) * 1e3:.2f}–{max(found[name]) * 1e3:.2f}) | {found['bytes'] / median[name] / 1e9:.2f}"
-        for name in ("swap_s", "copy_s")
+        f"{median[name] * 1e3:.2f} ({min(found[name]) * 1e3:.2f}–{max(found[name]) * 1e3:.2f}) | {found[moved] / median[name] / 1e9:.2f}"
+        for name, moved in (("swap_s", "bytes"), ("copy_s", "copied_bytes"))
     ]
     split = f"{median['buckets_s'] * 1e3:.1f}, {median['commit_s'] * 1e3:.1f} | {median['leave_s'] * 1e3:.2f}"
     extra = f"{found['extra_bytes'] / 2**20:.2f} MiB = {found['extra_bytes'] / (kib << 10):.2f} buckets"
