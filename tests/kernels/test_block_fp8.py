@@ -1,6 +1,8 @@
 """Block-scaled 8-bit floats against the values that e4m3 has, and the Triton form against the torch form bit for bit."""
 # pyright: reportArgumentType=false
 
+import random
+
 import pytest
 
 from tests.kernels.interpreter import DEVICE  # before any kernel
@@ -9,7 +11,9 @@ import torch  # isort: skip
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-from tandem.kernels.block_fp8 import dequantise, quantise, scale_shape
+from tandem.kernels import backend
+from tandem.kernels import block_fp8 as kernel
+from tandem.kernels.block_fp8 import dequantise, quantise, scale_shape, scales_of
 from tandem.kernels.block_fp8.triton import block_scale, casts_in_hardware, encode, largest_magnitude
 
 # Its finite numbers: 3 bits of mantissa, exponents from -6 to 8, below them multiples of 2^-9; the last pattern is NaN.
@@ -49,6 +53,33 @@ def test_blocks_without_a_size_and_beyond_all_sizes() -> None:
     assert (scale[0, 3].isinf(), scale[0, 4].isnan()) == (True, True)
     assert fp8[0, 256].float() == 448
     assert [column for column in range(640) if fp8[0, column].float().isnan()] == [384, *range(512, 640)]
+
+
+@pytest.mark.parametrize("choice", ["native", "reference"])
+@pytest.mark.parametrize("seed", range(30))
+def test_parts_of_a_matrix_in_any_order_have_the_bytes_of_the_whole(seed: int, choice: backend.Backend) -> None:
+    """Cut anywhere, of any magnitude; the compiled form and the one in torch, against the whole matrix in torch."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    rows, columns = draw.randint(2, 300), draw.randint(2, 300)
+    whole = (torch.randn(rows, columns) * 10 ** draw.uniform(-42, 37)).to(draw.choice([torch.float32, torch.bfloat16]))
+    whole[: draw.choice([0, 128])] = 0
+    if seed % 3 == 0:
+        whole[draw.randrange(rows), draw.randrange(columns)] = draw.choice([torch.inf, -torch.inf, torch.nan, 3e38, 1e-40, -0.0])
+    with backend.chosen("reference"):
+        fp8, scale = quantise(whole)
+    middle, left = draw.randrange(1, rows), draw.randrange(1, columns)
+    parts = [(row, column) for row in (slice(0, middle), slice(middle, rows)) for column in (slice(0, left), slice(left, columns))]
+    draw.shuffle(parts)
+    largest, out = torch.zeros_like(scale), torch.full_like(fp8, 1.0)
+    with backend.chosen(choice):
+        for row, column in parts:
+            kernel.largest_magnitudes(whole[row, column], largest, row=row.start, column=column.start)
+        for row, column in parts:
+            kernel.encode(whole[row, column], scales_of(largest), out[row, column], row=row.start, column=column.start)
+    assert torch.equal(scales_of(largest).nan_to_num(-1.0), scale.nan_to_num(-1.0))
+    ours, theirs = out.view(torch.uint8), fp8.view(torch.uint8)
+    assert bool(((ours == theirs) | ((ours & 0x7F == 0x7F) & (theirs & 0x7F == 0x7F))).all())
 
 
 def test_larger_than_one_part_and_strided() -> None:

@@ -219,6 +219,10 @@ def test_what_does_not_fit_is_named() -> None:
     refused(r"start is 2; it must be a multiple of 4, the bytes of torch.float32", start=2)
     refused(r"strides is \(1,\), the source has shape \(4, 6\)", strides=(1,))
     refused(r"scale_start is None, dtype torch.float8_e4m3fn; float8_e4m3fn has scales", dtype=FP8)
+    given = {"dtype": FP8, "given_scales": torch.ones(1, 1)}
+    refused(r"scales are \(1, 1\); a source of shape \(4, 6\) from row 125 and column 0 on needs at least \(2, 1\)", **given, row=125)
+    refused(r"given ones are fp32 beside the source, and then none lie in the bucket", **given, scale_start=0)
+    refused(r"scale_start is None, dtype torch.float32; float8_e4m3fn has scales, others have none", **(given | {"dtype": torch.float32}))
     refused(r"scale_start is 64, dtype torch.float32; float8_e4m3fn has scales, others have none", scale_start=64)
     refused(r"scale_start is 6, scale_stride None; they must be a multiple of 4 and at least 1", dtype=FP8, scale_start=6)
     refused(r"the source has shape \(6,\); blocks of 128 x 128 need a matrix", source=source[0], dtype=FP8, scale_start=64)
