@@ -6,7 +6,22 @@ Letters of tensor names: B sequences, H query heads, G key/value heads, D width 
 
 import torch
 
-from tandem.engine.rollout.products import MKL_BLOCK
+from tandem.engine.rollout.products import MKL_BLOCK, ROW_MULTIPLE
+
+# Below this many multiplications torch multiplies small matrices itself, and rounds in another way.
+MIN_MULTIPLICATIONS = 400
+
+
+def key_multiple(num_queries: int, width: int) -> int:
+    """Of how many keys attention covers a multiple, most of them masked for a short sequence.
+
+    Args:
+        num_queries: query heads that share a key head. width: of a key or of a value, whichever is narrower.
+    """
+    multiple = ROW_MULTIPLE
+    while multiple * width * num_queries < MIN_MULTIPLICATIONS:
+        multiple *= 2
+    return multiple
 
 
 def length_bias(positions: torch.Tensor, length: int) -> torch.Tensor | None:

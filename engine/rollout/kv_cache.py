@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from tandem.engine.architecture import Architecture
-from tandem.engine.rollout.products import ROW_MULTIPLE, round_up
-
-# Below this many multiplications torch multiplies small matrices itself, and rounds in another way.
-MIN_MULTIPLICATIONS = 400
+from tandem.engine.rollout.attention import key_multiple
+from tandem.engine.rollout.products import round_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +36,8 @@ class HeadShape:
 
     @property
     def key_multiple(self) -> int:
-        """Attention covers a multiple of this many keys, most of them masked for a short sequence."""
-        multiple = ROW_MULTIPLE
-        while multiple * min(self.key_dim, self.value_dim) * (self.num_heads // self.num_kv_heads) < MIN_MULTIPLICATIONS:
-            multiple *= 2
-        return multiple
+        """See `attention.key_multiple`."""
+        return key_multiple(self.num_heads // self.num_kv_heads, min(self.key_dim, self.value_dim))
 
 
 class KVCache:

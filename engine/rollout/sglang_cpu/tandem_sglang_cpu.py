@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import tandem_sglang_arithmetic as arithmetic  # pyright: ignore[reportMissingImports]
 import torch
-from tandem_sglang_attention import batched_decode  # pyright: ignore[reportMissingImports]
+from tandem_sglang_attention import batched_decode, batched_extend  # pyright: ignore[reportMissingImports]
 
 
 def load() -> None:
@@ -12,9 +13,14 @@ def load() -> None:
         import sglang.srt.arg_groups.choices as choices  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:  # where 0.5.17 has them
         import sglang.srt.server_args as choices  # pyright: ignore[reportMissingImports]
+    import sglang.srt.layers.moe.fused_moe_native as fused_moe_native  # pyright: ignore[reportMissingImports]
+    import sglang.srt.layers.quantization.unquant as unquantized  # pyright: ignore[reportMissingImports]
+    import sglang.srt.layers.rotary_embedding.base as rotary  # pyright: ignore[reportMissingImports]
+    import sglang.srt.layers.rotary_embedding.mrope as multimodal_rotary  # pyright: ignore[reportMissingImports]
     import sglang.srt.mem_cache.pool_host.common as pinned_memory  # pyright: ignore[reportMissingImports]
     import sglang.srt.state_capturer.base as capturer  # pyright: ignore[reportMissingImports]
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend  # pyright: ignore[reportMissingImports]
+    from sglang.srt.layers.logits_processor import LogitsProcessor  # pyright: ignore[reportMissingImports]
     from sglang.srt.model_executor.model_runner import ModelRunner  # pyright: ignore[reportMissingImports]
 
     # Host buffers, of routed experts for one, are pinned for copies from a GPU.
@@ -28,6 +34,11 @@ def load() -> None:
     ModelRunner.maybe_enable_batch_invariant_mode = nothing
     # A loop over the rows in Python took half of the time of a decode step.
     TorchNativeAttnBackend._run_sdpa_forward_decode = batched_decode(TorchNativeAttnBackend._run_sdpa_forward_decode)
+    TorchNativeAttnBackend._run_sdpa_forward_extend = batched_extend(TorchNativeAttnBackend._run_sdpa_forward_extend)
+    # And what else is rounded in another way than in the trainer.
+    unquantized.F = fused_moe_native.F = arithmetic.functional
+    LogitsProcessor._compute_lm_head = arithmetic.head(LogitsProcessor._compute_lm_head)
+    rotary.apply_rotary_emb = multimodal_rotary.apply_rotary_emb = arithmetic.rotate
 
 
 def nothing(*_: Any, **__: Any) -> None:
