@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.harness import Case, Subject, installed, main
+from benchmarks.harness import Case, Subject, compiled, installed, main
 from tandem.kernels.backend import chosen
 from tandem.kernels.norm import rms_norm
 from tandem.kernels.rope import rope
@@ -165,7 +165,7 @@ def cases(device: torch.device) -> list[Case]:
         )
         functions["plain torch"] = kernel.plain
         if on_gpu:
-            functions["torch.compile"] = torch.compile(kernel.plain, dynamic=False)
+            functions["torch.compile"] = compiled(kernel.plain)
         functions |= {peer: call for peer, call in kernel.peers.items() if peer != "liger" or (on_gpu and installed("liger_kernel"))}
         found += [_case(name, shapes[name], functions, device, backward) for backward in (False, True)]
     return found

@@ -5,12 +5,13 @@
 #
 # A random model of 0.5B parameters, 5 iterations, no warm start. --cpu: a tiny one, 2 iterations, to try the script; the trainer sleeps too.
 # Needs python3 with what the trainer needs. No network, no installation.
+# WHEELS=DIR: wheels of what is missing (megatron-core, tyro, docstring-parser, plotly) to unpack for this run.
 # SGLANG_PYTHON=FILE: interpreter of SGLang's environment; default .sglang/bin/python.
 # SGLANG_SITE=DIR: in place of that, a folder of packages that holds SGLang and what it needs, for the interpreter PYTHON: what an
 # archive of SGLang was unpacked to. Its packages come before the interpreter's own.
 # ATTENTION=triton SAMPLING=pytorch: backends of SGLang on the GPU.  STEPS, TIMEOUT_S=540: seconds for all.
 # SLEEP_BUDGET_BYTES: above it the run ends; 8 GiB, so that a table tells of what a run with the default of 2 GiB would only refuse.
-# Writes loop.md, loop.jsonl, run/ (metrics, logs, trace) and machine.txt. Ends with status 1 if the loop did.
+# Writes loop.md, loop.jsonl, loop.log, run.tgz (configuration, metrics, logs, trace) and machine.txt. Ends with status 1 if the loop did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,6 +29,10 @@ ln -s "$PWD/engine" "$work/tandem/engine"
 ln -s "$PWD/kernels" "$work/tandem/kernels"
 export PYTHONPATH="$work:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="$work/triton"
 
+if [[ -n ${WHEELS:-} ]]; then
+    "$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/packages" "$WHEELS"/*.whl && PYTHONPATH="$PYTHONPATH:$work/packages"
+fi
+
 sglang_python=${SGLANG_PYTHON:-}
 if [[ -n ${SGLANG_SITE:-} ]]; then
     # The server gets a PYTHONPATH of its own, so its interpreter brings the folder along.
@@ -44,8 +49,8 @@ fi
 } >"$out/machine.txt" 2>&1
 tail -n 1 "$out/machine.txt"
 
-rm -rf "$out/run"
-options=(--run_dir "$out/run" --trainer.sleep on --rollout.sglang.release all --log.progress False --log.tensorboard False)
+run="$work/run" # with a checkpoint of some gigabytes, which stays here
+options=(--run_dir "$run" --trainer.sleep on --rollout.sglang.release all --log.progress False --log.tensorboard False)
 [[ -z $sglang_python ]] || options+=(--rollout.sglang.python "$sglang_python")
 if ((on_cpu)); then
     options+=(--steps "${STEPS:-2}" --rollout.sglang.attention_backend None --rollout.sglang.extra_args)
@@ -59,8 +64,9 @@ else
 fi
 timeout --kill-after=10 "${TIMEOUT_S:-540}" "$python" -m tandem.engine.train gpu_loop "${options[@]}" >"$out/loop.log" 2>&1
 status=$?
-((status == 0)) || { echo "failed: status $status"; tail -n 25 "$out/loop.log"; tail -n 25 "$out"/run/logs/engine_*.log 2>/dev/null; }
-"$python" benchmarks/loop_table.py "$out/run" --jsonl "$out/loop.jsonl" >"$out/loop.md" || status=1
+((status == 0)) || { echo "failed: status $status"; tail -n 25 "$out/loop.log"; tail -n 25 "$run"/logs/engine_*.log 2>/dev/null; }
+"$python" benchmarks/loop_table.py "$run" --jsonl "$out/loop.jsonl" >"$out/loop.md" || status=1
+tar czf "$out/run.tgz" -C "$run" --exclude ./checkpoints --exclude ./data --exclude ./replay . || status=1
 cat "$out/loop.md"
 echo "done in ${SECONDS}s, status $status; results in $out"
 exit $((status != 0))

@@ -93,6 +93,16 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile, for peers: every size compiled for itself, and backward passes that can be repeated, whose buffers it would reuse."""
+    import torch._dynamo.config
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.config.recompile_limit = 64  # sizes that are checked and timed, with gradients and without
+    return torch.compile(function, dynamic=False)
+
+
 def main(subject: Subject, argv: Sequence[str] | None = None) -> None:
     """The command line of every subject. Exit status: 1 for a wrong answer or a regression, 2 for bad input."""
     parser = argparse.ArgumentParser(description=subject.about)
@@ -107,7 +117,7 @@ def main(subject: Subject, argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", choices=("torch", "ncu"), help="profile one call of each implementation into --out instead of timing")
     parser.add_argument("--commit", default="", help="what to record where git cannot tell")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    device = torch.empty(0, device=args.device).device  # with its number, as tensors have it
     cases = [case for case in subject.cases(device) if args.case in label(case)]
     if args.profile and args.out is None:
         parser.error("--profile needs --out, a folder for what it writes")

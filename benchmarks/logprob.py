@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.harness import Case, Subject, installed, main
+from benchmarks.harness import Case, Subject, compiled, installed, main
 from tandem.kernels.backend import chosen
 from tandem.kernels.logprob import linear_logprob, linear_logprob_sum
 
@@ -175,7 +175,7 @@ def _runs(device: torch.device, *, with_reference: bool) -> dict[str, dict[str, 
     else:
         first = "kernel"
         peers["chunked torch"] = _in_chunks(_plain)
-        peers["torch.compile"] = _in_chunks(torch.compile(_plain, dynamic=False))
+        peers["torch.compile"] = _in_chunks(compiled(_plain))
         if with_reference:
             peers["reference"] = _reference
     both = {run: _forward_backward(call) for run, call in {first: _ours, **peers}.items()}

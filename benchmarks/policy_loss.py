@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.harness import Case, Subject, main
+from benchmarks.harness import Case, Subject, compiled, main
 from tandem.kernels.backend import Backend, chosen
 from tandem.kernels.native import library
 from tandem.kernels.policy_loss import group_statistics, policy_loss
@@ -109,7 +109,7 @@ def cases(device: torch.device) -> list[Case]:
     plain = _with_gradient(_losses)
     runs: dict[str, Run] = {"kernel": _ours, "reference": _by("reference"), "plain torch": plain}
     if device.type == "cuda":
-        runs["torch.compile"] = _with_gradient(torch.compile(_losses, dynamic=False))
+        runs["torch.compile"] = _with_gradient(compiled(_losses))
         if library("cuda") is not None:
             runs["CUDA C++"] = _by("native")
     sizes = [(4096, 16), (65_536, 64)] if device.type == "cpu" else [(65_536, 64), (1 << 20, 512)]

@@ -1,6 +1,6 @@
 """The trainer's state leaves the device and comes back, against the rate between host and device that the same run measures.
 
-    python benchmarks/sleep.py [--gib 24] [--repeats 5] [--device cuda] [--out DIR] [--quick]
+    python benchmarks/sleep.py [--gib 12] [--repeats 5] [--device cuda] [--out DIR] [--quick]
 
 One rank, a dense model with random weights: bf16 with fp32 master weights and moments on a GPU, fp32 on a CPU. "out" is from the first
 call until nothing of the state is on the device, "back" until all of it is there again; freeing and allocating count. Gradients are dropped
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tandem.engine.trainer  # noqa: F401  before megatron
 from benchmarks.harness import describe
 from benchmarks.results import Row, append_rows
-from benchmarks.train_step import TINY, Shape
+from benchmarks.train_step import TINY, Shape, fill
 from tandem.engine.config import LossConfig, MeshConfig, TrainerConfig
 from tandem.engine.trainer.arena import HostArena
 from tandem.engine.trainer.megatron import MegatronTrainer
@@ -90,7 +90,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[Row]:
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     shape = TINY if args.quick else shape_of(int(args.gib * (1 << 30)), device.type)
     mesh = build_mesh(MeshConfig(), shape.hf_config())
-    trainer = MegatronTrainer(shape.hf_config(), mesh, TrainerConfig(dtype=dtype), LossConfig(), 1.0, seed=0)
+    trainer = MegatronTrainer(shape.hf_config(), mesh, TrainerConfig(dtype=dtype), LossConfig(), 1.0, seed=None)
+    fill(trainer)
     memory = trainer.memory
     before, whole = fingerprints(trainer), memory.resident_bytes
     memory.end_sleep()  # allocates the host's memory
@@ -131,13 +132,13 @@ def _row(name: str, shape: Shape, dtype: str, num_bytes: int, took_s: Sequence[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--gib", type=float, help="of optimizer state and parameters; default 24 on a GPU, 1 on a CPU")
+    parser.add_argument("--gib", type=float, help="of optimizer state and parameters; default 12 on a GPU, 1 on a CPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder for sleep.jsonl, which is appended to")
     parser.add_argument("--commit", default="", help="what to record where git cannot tell")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two repeats: does it work?")
     args = parser.parse_args()
-    args.gib = args.gib if args.gib is not None else (24.0 if args.device == "cuda" else 1.0)
+    args.gib = args.gib if args.gib is not None else (12.0 if args.device == "cuda" else 1.0)
     args.repeats = 2 if args.quick else args.repeats
     device = torch.device(args.device)
     with tempfile.TemporaryDirectory() as folder:

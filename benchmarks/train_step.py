@@ -164,12 +164,25 @@ def watch_logprob_and_loss(trainer: MegatronTrainer, stretches: Stretches) -> No
     chunk.decoder.register_forward_hook(has_output)
 
 
+def fill(trainer: MegatronTrainer) -> None:
+    """Random weights, drawn where they lie: the trainer's own, the same on every layout, come from the CPU, a minute for a few billions."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for shard in trainer.weight_shards():
+            if shard.tensor.dim() > 1:
+                shard.tensor.normal_(0.0, shard.tensor.shape[-1] ** -0.5)
+            else:
+                shard.tensor.fill_(1.0)
+    trainer.weights_changed()
+
+
 def measure(shape: Shape, args: argparse.Namespace, device: torch.device) -> Row:
     on_gpu = device.type == "cuda"
     mesh = build_mesh(MeshConfig(), shape.hf_config())
     config = TrainerConfig(dtype="bfloat16" if on_gpu else "float32", recompute=args.recompute)
     loss = LossConfig(reference="rollout")
-    trainer = MegatronTrainer(shape.hf_config(), mesh, config, loss, 1.0, seed=0)
+    trainer = MegatronTrainer(shape.hf_config(), mesh, config, loss, 1.0, seed=None)
+    fill(trainer)
     batch = rows(args.tokens, LENGTHS if on_gpu else (16, 64), shape.vocab)
     microbatches = pack(batch, args.microbatch)
     flop = shape.flop(microbatches)

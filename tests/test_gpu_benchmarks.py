@@ -23,6 +23,11 @@ esac
 """
 SUBJECTS = ["logprob", "attention", "policy_loss", "train_step", "sleep", "moe", "elementwise", "adamw", "packing", "repetition"]
 
+WITHOUT_THE_ENGINE = "--noconftest -p tests.kernels.interpreter"
+TESTS = [*(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/kernels/test_*.py"))), "tests/checkpoint/test_device_buckets.py"]
+# What the engine needs and a machine with torch and triton may lack.
+LACKING = ("megatron", "tyro", "plotly", "fastapi", "uvicorn", "math_verify", "datasketch", "cyaron")
+
 
 def test_a_benchmark_that_hangs_takes_only_its_part_of_the_time_and_the_others_follow_in_order(tmp_path: Path) -> None:
     python, calls = tmp_path / "python", tmp_path / "calls"
@@ -37,14 +42,25 @@ def test_a_benchmark_that_hangs_takes_only_its_part_of_the_time_and_the_others_f
     assert [Path(line.split()[0]).stem for line in benchmarks] == SUBJECTS
     assert all("--quick" in line and "--commit abc" in line for line in benchmarks)
     assert all(("--heavy-first" in line) == ("train_step" not in line and "sleep" not in line) for line in benchmarks)
-    assert [line for line in called if "pytest" in line] == [
-        "-m pytest tests/kernels/test_backend.py -q -p no:cacheprovider --timeout 100 --durations=5"
+    tested = [line for line in called if "pytest" in line]
+    assert all(f" {WITHOUT_THE_ENGINE} " in line for line in tested)
+    assert sorted(word for line in tested for word in line.split() if word.endswith(".py")) == [
+        *TESTS[-1:],
+        "tests/kernels/test_backend.py",
     ]
     log = (tmp_path / "out/bench.log").read_text()
     assert "failed: logprob, status 124, out of time" in log
     assert "failed: adamw, status 1" in log
     assert log.count("failed: ") == 2
     assert "status 1; results in" in done.stdout
+
+
+def test_what_runs_on_a_gpu_needs_none_of_the_packages_of_the_engine() -> None:
+    without = f"import sys; sys.modules.update(dict.fromkeys({LACKING!r})); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", without, "--collect-only", "-q", *WITHOUT_THE_ENGINE.split(), "-p", "no:cacheprovider", *TESTS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "error" not in done.stdout
 
 
 def test_every_subject_is_in_the_script_and_its_parts_add_up() -> None:

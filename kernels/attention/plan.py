@@ -95,7 +95,8 @@ def plan_attention(
     else:
         positions = query_positions_T.cpu().numpy().astype(np.int64)
         _check_positions(positions, len(visible_end))
-    return AttentionPlan(visible_end, positions, visible_end_S.device if device is None else device)
+    # A tensor's device has a number, which "cuda" lacks.
+    return AttentionPlan(visible_end, positions, visible_end_S.device if device is None else torch.empty(0, device=device).device)
 
 
 def _check_visible_end(visible_end: Ints) -> None:

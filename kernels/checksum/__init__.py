@@ -55,7 +55,7 @@ class Checksums:
                 raise ValueError(
                     f"entries[{index}] has {num_bytes} bytes at {start}; it must begin at a multiple of {WORD}, neither negative"
                 )
-        self._device = device
+        self._device = torch.empty(0, device=device).device  # with its number, which "cuda" lacks
         self.num_bytes = max((start + -(-num_bytes // WORD) * WORD for start, num_bytes in entries if num_bytes), default=0)
         """Of the smallest bucket: the last word of an entry is read whole."""
         # An entry without bytes has a tile too, for its length.

@@ -348,6 +348,12 @@ def test_bad_input_is_an_error_before_any_launch(changes: dict[str, torch.Tensor
         packed_attention(q, k, v, torch.full((8,), 8), **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
+def test_a_plan_takes_a_device_with_or_without_its_number() -> None:
+    device = torch.device("cuda") if DEVICE == "cuda" else torch.device("cpu", 0)  # what no tensor says of itself
+    x, ends = torch.randn(4, 1, 64, device=DEVICE), torch.full((4,), 4)
+    assert torch.equal(packed_attention(x, x, x, ends, plan=plan_attention(ends, device=device)), packed_attention(x, x, x, ends))
+
+
 def test_a_plan_of_another_device_is_an_error() -> None:
     plan: AttentionPlan = plan_attention(torch.full((8,), 8), device=torch.device("meta"))
     q, k, v = _inputs()

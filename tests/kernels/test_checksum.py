@@ -81,6 +81,12 @@ def test_an_entry_that_is_none_is_named(entries: list[tuple[int, int]], message:
         Checksums(entries, torch.device("cpu"))
 
 
+def test_a_device_may_come_with_or_without_its_number() -> None:
+    device = torch.device("cuda") if DEVICE == "cuda" else torch.device("cpu", 0)  # what no tensor says of itself
+    bucket = torch.arange(16, dtype=torch.uint8, device=DEVICE)
+    assert Checksums([(8, 8)], device).numbers(bucket) == Checksums([(8, 8)], bucket.device).numbers(bucket)
+
+
 def test_a_bucket_that_is_none_is_told() -> None:
     checksums = Checksums([(8, 9)], torch.device("cpu"))
     with pytest.raises(ValueError, match=r"bucket has 23 bytes at address \d+; the entries need 24"):
