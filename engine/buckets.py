@@ -107,7 +107,10 @@ class PendingTransfer(Protocol):
     """The buckets of one swap, which an engine is taking over."""
 
     def check(self) -> None:
-        """Raises: EngineDiedError if the engine's process is gone. Costs next to nothing: asked while waiting."""
+        """Asked while waiting; costs next to nothing.
+
+        Raises: EngineDiedError if the engine's process is gone; PeerFailed if the engine refused, and `wait` says why.
+        """
         ...
 
     def wait(self) -> None:

@@ -212,6 +212,15 @@ class WeightSwap:
         self, setup: Setup, ranks: Sequence[int], counter: int, bucket: int, waited_for: str, pending: PendingTransfer | None = None
     ) -> None:
         assert setup.buckets is not None
+
+        def check_engine() -> None:
+            assert pending is not None
+            try:
+                pending.check()
+            except PeerFailed:
+                self._show_failed(setup)
+                raise
+
         setup.buckets.wait(
             ranks,
             counter,
@@ -219,7 +228,7 @@ class WeightSwap:
             swap=self._num_swaps,
             timeout_s=self._config.timeout_s,
             waited_for=f"{waited_for} bucket {bucket}",
-            check_also=pending.check if pending is not None else None,
+            check_also=check_engine if pending is not None else None,
         )
 
     def _write(self, setup: Setup, pending: PendingTransfer | None, failures: list[Failure]) -> None:
@@ -310,6 +319,9 @@ class WeightSwap:
         failures.append(
             Failure(self._rank, where, f"{error}" if isinstance(error, WeightTransferError) else f"{type(error).__name__}: {error}")
         )
+        self._show_failed(setup)
+
+    def _show_failed(self, setup: Setup) -> None:
         for buckets in setup.all_buckets:
             buckets.fail(self._num_swaps)
 

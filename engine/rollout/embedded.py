@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from tandem.engine.architecture import Architecture
-from tandem.engine.buckets import BucketStream
+from tandem.engine.buckets import BucketStream, PeerFailed
 from tandem.engine.config import RolloutConfig
 from tandem.engine.rollout.requests import check_requests
 from tandem.engine.rollout.setup import WorkerSetup
@@ -40,13 +40,19 @@ class PendingReceive:
         self._number = number
 
     def check(self) -> None:
-        """Raises: EngineDiedError if the child is gone."""
+        """Raises: EngineDiedError if the child is gone; PeerFailed if it has refused, which `wait` tells more of."""
         if not self._engine.is_alive:
             raise self._engine._died()
+        if self._engine._has_refused(self._number):
+            raise PeerFailed
 
     def wait(self) -> None:
         """Raises: WeightTransferError naming bucket and tensor; PeerFailed if a rank failed."""
-        self._engine._reply(self._number, "receive")
+        try:
+            self._engine._reply(self._number, "receive")
+        except Exception:
+            self._engine._stream = None  # the child may not have taken it
+            raise
 
 
 class EmbeddedEngine:
@@ -278,14 +284,23 @@ class EmbeddedEngine:
     def _reply(self, number: int, command: str) -> Any:
         """The answer to a command; answers come in the order of the commands."""
         while number > self._num_answered:
-            kind, payload = self._receive(self._timeout_s, command)
-            assert kind == "reply", kind
-            self._num_answered += 1
-            self._answers[self._num_answered] = payload
+            self._take_answer(command)
         answer = self._answers.pop(number)
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def _has_refused(self, number: int) -> bool:
+        """Whether the answer to a command is there, and an error."""
+        while number > self._num_answered and not self._messages.empty():
+            self._take_answer("receive")
+        return isinstance(self._answers.get(number), Exception)
+
+    def _take_answer(self, command: str) -> None:
+        kind, payload = self._receive(self._timeout_s, command)
+        assert kind == "reply", kind
+        self._num_answered += 1
+        self._answers[self._num_answered] = payload
 
     def _check_idle(self, command: str) -> None:
         if self._generating:

@@ -3,6 +3,7 @@
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import xxhash
@@ -29,12 +30,27 @@ class OpenStream:
         self.stream = stream
         self.shared = SharedBuckets(stream.ranks, stream.pids, stream.bucket_bytes, stream.max_entries, stream.handle)
 
+    @contextmanager
+    def telling(self, swap: int) -> Iterator[None]:
+        """A block whose failure the ranks see at once: they wait for buckets to be taken, not for an answer."""
+        try:
+            yield
+        except PeerFailed:
+            raise
+        except Exception:
+            self.shared.fail(swap)
+            raise
+
     def take_over(self, load: Callable[[int, list[int]], tuple[int, str] | None], swap: int, first_ticket: int) -> None:
         """Let `load(number, checksums)` copy and verify every bucket as it comes. Where that fails, the ranks see it at once.
 
         `load` returns the index of an entry and what is wrong with it, None if nothing.
         Raises: WeightTransferError naming bucket and tensor; PeerFailed if a rank, or another process of the engine, failed.
         """
+        with self.telling(swap):
+            self._take_over(load, swap, first_ticket)
+
+    def _take_over(self, load: Callable[[int, list[int]], tuple[int, str] | None], swap: int, first_ticket: int) -> None:
         stream, shared, where = self.stream, self.shared, ""
         try:
             for number, bucket in enumerate(stream.buckets):
@@ -51,7 +67,6 @@ class OpenStream:
         except PeerFailed:
             raise
         except Exception as error:
-            shared.fail(swap)
             raise WeightTransferError(f"{where}: {error}") from error
 
     def close(self) -> None:
@@ -99,12 +114,14 @@ class WeightStore:
             if self._stream is not None:
                 self._stream.close()
                 self._stream = None
-            check_tensors(self._expected, stream.tensors)
             self._stream = OpenStream(stream)
         assert self._stream is not None, "the first swap brings the stream"
-        receiving = self._begin(policy_version)
-        self._failed = True  # until every checksum held
         opened = self._stream
+        with opened.telling(swap):
+            if stream is not None:
+                check_tensors(self._expected, stream.tensors)
+            receiving = self._begin(policy_version)
+        self._failed = True  # until every checksum held
 
         def load(number: int, checksums: list[int]) -> tuple[int, str] | None:
             # Slices are made again for every swap: kept ones would take a KiB for every entry and copy of the weights.

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from tandem.engine.architecture import Architecture
-from tandem.engine.buckets import BucketStream, Region
+from tandem.engine.buckets import BucketStream, PeerFailed, Region
 from tandem.engine.config import RolloutConfig
 from tandem.engine.rollout.requests import check_requests
 from tandem.engine.rollout.sglang_client import ServerGoneError, SGLangClient
@@ -37,9 +37,11 @@ class PendingReceive:
         self._answer = answer
 
     def check(self) -> None:
-        """Raises: EngineDiedError if the server is gone."""
+        """Raises: EngineDiedError if the server is gone; PeerFailed if it has refused, which `wait` tells more of."""
         if not self._engine.is_alive:
             raise self._engine.server.died()
+        if self._answer.done() and (self._answer.cancelled() or self._answer.exception() is not None):
+            raise PeerFailed
 
     def wait(self) -> None:
         """Raises: WeightTransferError naming bucket and tensor; PeerFailed if a rank failed."""

@@ -143,11 +143,13 @@ class ParameterStore:
             if self._stream is not None:
                 self._stream.close()
                 self._stream, self._loads = None, {}
-            check_tensors(self._expected, stream.tensors)
             self._stream = OpenStream(stream)
         assert self._stream is not None, "the first swap brings the stream"
         opened = self._stream
-        self._begin()
+        with opened.telling(swap):
+            if stream is not None:
+                check_tensors(self._expected, stream.tensors)
+            self._begin()
         self._failed = True  # until every checksum held
         opened.take_over(lambda number, checksums: self._load_bucket(opened, number, checksums), swap, first_ticket)
         if self._missing:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tandem.engine import buckets
 from tandem.engine.checkpoint.swap import WeightSwap
 from tandem.engine.config import RolloutConfig, SwapConfig
-from tandem.engine.rollout.embedded import EmbeddedEngine
+from tandem.engine.rollout.embedded import EmbeddedEngine, PendingReceive
 from tandem.engine.types import GenerationRequest, WeightTransferError
 from tests.checkpoint.test_names import DENSE as SIZES
 from tests.checkpoint.test_swap import Source, group
@@ -26,8 +26,8 @@ HANGING_S = 3.0  # how long an engine that is stopped is waited for
 DENSE = SIZES | {"max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
 
 
-def start_engine() -> EmbeddedEngine:
-    engine = EmbeddedEngine(DENSE, RolloutConfig(), dtype="float32", context_length=16, stop_token_ids=(), num_threads=1)
+def start_engine(model: dict[str, Any] = DENSE) -> EmbeddedEngine:
+    engine = EmbeddedEngine(model, RolloutConfig(), dtype="float32", context_length=16, stop_token_ids=(), num_threads=1)
     return wait_for_child(engine)
 
 
@@ -164,15 +164,39 @@ def test_a_swap_is_done_once_more_when_its_engine_was_replaced() -> None:
     assert run_ranks(swap_past_a_death, 2) == [([], 1), ([1], 1)]
 
 
-def test_a_stream_of_another_model_is_refused() -> None:
-    assert "has shape" in run_ranks(swap_another_model, 1)[0]
+@pytest.mark.parametrize(
+    ("why", "message"),
+    [
+        ("another model", r"tensor \S+ has shape \[\d+, \d+\]; the model has [^;]*$"),
+        ("buckets that cannot be opened", r"FileNotFoundError: [^;]*$"),  # where it cannot tell the ranks through the buckets
+    ],
+)
+def test_an_engine_that_refuses_ends_the_swap_at_once_however_many_buckets_are_left(why: str, message: str) -> None:
+    """The deadlines are far beyond this test's: whoever waited for one would not come back."""
+    for errors in run_ranks(swap_refused, 2, why):
+        for error in errors:
+            assert re.search(f"on all ranks: rank 1, its engine: {message}", error), error
 
 
-def swap_another_model() -> str:
-    wider = DENSE | {"vocab_size": DENSE["vocab_size"] * 2}
-    engine = start_engine()
-    swap = WeightSwap(Source(wider, (1, 1, 1, 1), 0), engine, SwapConfig(timeout_s=120), control_group=group())
-    with pytest.raises(WeightTransferError) as failure, swap.serving(0):
-        pass
+def swap_refused(why: str) -> list[str]:
+    """Rank 1's engine refuses, and says so again when it is asked again."""
+    rank = dist.get_rank()
+    engine = start_engine(DENSE | {"vocab_size": DENSE["vocab_size"] * 2} if rank == 1 and why == "another model" else DENSE)
+    receive = engine.receive
+    if rank == 1 and why != "another model":
+
+        def misled(stream: buckets.BucketStream, policy_version: int, *, swap: int, first_ticket: int) -> PendingReceive:
+            nowhere = dataclasses.replace(stream, handle=dataclasses.replace(stream.handle, control=1 << 20))
+            return receive(nowhere, policy_version, swap=swap, first_ticket=first_ticket)
+
+        engine.receive = misled
+    config, errors = dataclasses.replace(SWAP, timeout_s=100_000), list[str]()
+    engine._timeout_s = config.timeout_s
+    swap = WeightSwap(Source(DENSE, (2, 1, 1, 1), rank), engine, config, control_group=group())
+    for _ in range(2):
+        with pytest.raises(WeightTransferError) as failure, swap.serving(0):
+            pass
+        errors.append(str(failure.value))
     engine.close()
-    return str(failure.value)
+    swap.close()
+    return errors
