@@ -34,6 +34,7 @@ def test_two_iterations_train_on_what_quantised_weights_generate(tmp_path: Path,
         mesh=MeshConfig(tp=2),
         sft=(dataclasses.replace(config.sft[0], steps=60),),
         rollout=rollout,
+        log=dataclasses.replace(config.log, progress=True),
         loss=dataclasses.replace(config.loss, variant="grpo", reference="rollout"),
     )
     run_ranks(train, 2, config, timeout_s=1400)
