@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tandem.engine.types import WeightTransferError
+from tandem.engine.errors import RunEnded
+from tandem.engine.types import EngineDiedError, WeightTransferError
 from tandem.engine.watchdog import Watchdog
 
 # With less than this on its disk, whatever ended a run was for want of space: libraries tell it in many ways.
@@ -49,6 +50,8 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 def is_peer_lost(error: BaseException) -> bool:
     """Whether a collective failed because another rank did not come, or its connection closed."""
+    if isinstance(error, EngineDiedError | RunEnded):  # these quote an engine's log, which may speak of gloo too
+        return False
     text = str(error)
     of_gloo = isinstance(error, RuntimeError) and ("gloo" in text or "Connection closed" in text or "Connection reset" in text)
     return of_gloo or isinstance(error, dist.DistError) or (isinstance(error, WeightTransferError) and "was not there" in text)

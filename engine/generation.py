@@ -12,6 +12,7 @@ import torch
 from tandem.engine.checkpoint.turns import Turns
 from tandem.engine.data.journal import SegmentJournal, SegmentKey, segment_digest, settings_digest
 from tandem.engine.elastic import Roster
+from tandem.engine.errors import RunEnded
 from tandem.engine.rollout.budget import generate_groups, sample_seed
 from tandem.engine.run import Run
 from tandem.engine.types import Completion, EngineDiedError, Group, RolloutEngine
@@ -149,10 +150,11 @@ class Generation:
         self._run.watchdog.note("rollout")
 
     def _replace_engine(self, error: EngineDiedError) -> None:
-        """Start another engine, which the next swap fills; give up when one after the other dies."""
+        """Start another engine, which the next swap fills. Raises: RunEnded when one after the other dies."""
         self._num_deaths += 1
         if self._engine is None or self._num_deaths > MAX_ENGINE_DEATHS:
-            raise error
+            times = f"died {self._num_deaths} times in a row, without a finished phase between, and is given up"
+            raise RunEnded(f"rank {self._run.rank}: the rollout engine {times}. The last time: {error}") from error
         self._has_died = True
         self._run.log.event("engine died", rank=self._run.rank, error=str(error))
         print(f"rank {self._run.rank}: {error}\nIt is replaced, and what it was generating is generated again.", flush=True)

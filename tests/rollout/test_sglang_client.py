@@ -89,20 +89,21 @@ def test_many_responses_stream_at_once_each_whole_and_their_connections_are_used
     async def all_at_once(num: int) -> list[list[tuple[str, int]]]:
         return await asyncio.gather(*(events_of(client, str(i)) for i in range(num)))
 
-    for num in (200, 50):
+    for num in (100, 30):
         server.holds_until = num
         found = run(client, all_at_once(num))
         assert found == [[(str(i), number) for number in range(NUM_EVENTS)] for i in range(num)]
-    assert len(client._streams) == 200
+    assert len(client._streams) == 100
 
 
 def test_a_connection_that_was_idle_for_long_is_not_used_again(server: Counting, client: SGLangClient) -> None:
     """SGLang closes one after 5 s: a request that is on its way then would be taken for the server's death."""
-    for _ in range(2):
+    for num_connections in (2, 4):
         assert run(client, client.call("/x", a=1)) == {"a": 1}
         assert len(run(client, events_of(client, "r"))) == NUM_EVENTS
-        time.sleep(1.1 * sglang_client._IDLE_S)
-    assert server.num_connections == 4
+        assert server.num_connections == num_connections
+        if num_connections == 2:
+            time.sleep(1.1 * sglang_client._IDLE_S)
     assert sglang_client._IDLE_S < 5
 
 
