@@ -82,7 +82,7 @@ class ElasticConfig:
     """Let other engines generate what a dead one was generating, and `tandem rollout-node` join. Each leader keeps a copy of the weights in
     host memory. Which engine has a request depends on the moment: responses are reproducible as far as SGLang's are, up to near ties."""
     timeout_s: float = 120.0
-    """A rollout-only node that has not taken the weights by then, or does not answer for so long, is dropped, in seconds."""
+    """A rollout-only node that has not taken the weights by then is dropped, in seconds. (One that serves has 10 s for each question.)"""
 
     def __post_init__(self) -> None:
         check(self.timeout_s > 0, "rollout.elastic.timeout_s", self.timeout_s, "it must be positive")
