@@ -24,7 +24,9 @@ class DeviceSlots:
     @classmethod
     def create(cls, device: torch.device, num_bytes: int, num_slots: int) -> Self:
         """Allocate. Raises: RuntimeError if there is no memory left or it cannot be exported."""
-        # An allocation of its own for each: a process that opens a handle sees the whole allocation that holds it.
+        # A process that opens a handle keeps the whole allocation that holds it. torch may cut a slot from a large block that it has free,
+        # which could then not leave the GPU when the trainer sleeps; without such blocks it allocates.
+        torch.cuda.empty_cache()
         tensors = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(num_slots)]
         torch.cuda.current_stream(device).synchronize()
         return cls(tensors, tuple(tensor.untyped_storage()._share_cuda_() for tensor in tensors))
