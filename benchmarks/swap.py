@@ -252,14 +252,14 @@ def measure(
     kept[1] -= (1 if kind == "sglang" else 2) * stats.num_bytes // num_ranks
     if kind == "embedded" and dtype == "bfloat16":
         kept[1] -= hf_config["vocab_size"] * hf_config["hidden_size"] * 4
-    extra_bytes = shared_bytes() + sum(memory.growth for memory in memories)
+    found: dict[str, Any] = {"shared_bytes": shared_bytes(), "kept_bytes": kept}
+    found["extra_bytes"] = found["shared_bytes"] + sum(memory.growth for memory in memories)
     swap.close()
     engine.close()
     log.close()
     first = spent["swap_s"][:2]
-    memory = {"extra_bytes": extra_bytes, "kept_bytes": kept}
-    memory["copied_bytes"] = sum(tensor.nbytes for tensor in tensors) * num_ranks
-    return {"bytes": stats.num_bytes, "buckets": stats.num_buckets, "route": stats.route, "first_s": first, **memory} | {
+    found["copied_bytes"] = sum(tensor.nbytes for tensor in tensors) * num_ranks
+    return {"bytes": stats.num_bytes, "buckets": stats.num_buckets, "route": stats.route, "first_s": first, **found} | {
         name: seconds[2:] for name, seconds in spent.items()
     }
 

@@ -236,9 +236,10 @@ class SwapConfig:
     its own, and is sent what it lacks. gather_and_broadcast: the same, one rank sending to all. auto: the one that takes the least time by
     bandwidths measured at the first swap."""
     bucket_bytes: int = 2 << 20
-    """Size of one bucket in host memory, in bytes. There are four: of a node, or of each rank where the route has them by rank."""
+    """Size of one bucket in host memory, in bytes. There are three, of a node, or of each rank where the route has them by rank: what a
+    swap takes beside the weights."""
     device_bucket_bytes: int = 128 << 20
-    """Size of one bucket in a GPU's memory, in bytes. Each GPU has four."""
+    """Size of one bucket in a GPU's memory, in bytes. Each GPU has three."""
     timeout_s: float = 300.0
     """Deadline of every wait during a swap, in seconds."""
     sleep_budget_bytes: int = 2 << 30

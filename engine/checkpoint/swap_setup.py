@@ -32,6 +32,10 @@ from tandem.engine.quantised import quantised
 from tandem.engine.rollout_config import Quantization
 from tandem.engine.types import TensorMeta, WeightSink, WeightSource
 
+# Of swap.bucket_bytes. Counters, checksums and what the processes of both sides allocate during a swap have the rest: all of it together
+# stays within as many buckets as there are slots.
+_FILLED_16THS = 15
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -131,7 +135,7 @@ def make_setup(
     except ValueError as error:
         raise ValueError(f"swap.route is {route}, but {error}; choose host_memory or auto") from error
     on_device = device if takes_device and route != "host_memory" else None
-    bucket_bytes = config.bucket_bytes if on_device is None else config.device_bucket_bytes
+    bucket_bytes = config.device_bucket_bytes if on_device is not None else config.bucket_bytes * _FILLED_16THS // 16
     plan = make_plan(
         tensors,
         holdings,
