@@ -22,6 +22,7 @@ from tandem.engine.rollout.sglang_members import Member, ServerStalledError
 from tandem.engine.rollout.weight_copy import WeightCopy
 from tandem.engine.types import BucketEntry, Completion, EngineDiedError, GenerationRequest, TensorMeta
 
+NODE = "rollout node "  # begins the names of members that are nodes
 MAX_DEATHS = 3  # of the leader's own server in a row, without a version between
 _ABORT_TIMEOUT_S = 60.0
 _JOIN_S = 0.5
@@ -85,7 +86,7 @@ class FleetEngine:
 
     def node_is_gone(self, name: str, error: Exception) -> None:
         """See `Watcher`."""
-        member = self._member(f"rollout node {name}")
+        member = self._member(NODE + name)
         if member is not None and self._generation is not None:
             self._generation.lose(member, error)
         else:
@@ -93,7 +94,7 @@ class FleetEngine:
 
     def node_leaves(self, name: str) -> bool:
         """See `Watcher`."""
-        member = self._member(f"rollout node {name}")
+        member = self._member(NODE + name)
         if member is None:
             return True
         member.is_open = False
@@ -186,7 +187,7 @@ class FleetEngine:
         return Member(name=server.name, client=self._client.at(server.url), capacity=self._config.max_batch)
 
     def _node_member(self, node: Announcement) -> Member:
-        return self._lent(f"rollout node {node.name}", node.url, node.max_batch)
+        return self._lent(NODE + node.name, node.url, node.max_batch)
 
     def _borrowed(self) -> list[Member]:
         return [self._lent(name, url, self._config.max_batch) for name, url in self._peers]
@@ -203,7 +204,7 @@ class FleetEngine:
 
     def lost(self, member: Member, error: Exception) -> None:
         """See `Keeper`."""
-        node = member.name.removeprefix("rollout node ")
+        node = member.name.removeprefix(NODE)
         if member.is_own:
             assert self._generation is not None
             is_lone = not any(other.is_open for other in self._generation.members)
@@ -309,7 +310,7 @@ class FleetEngine:
         generation = self._generation
         if generation is not None and self._local_serves and self._member(self._local.server.name) is None:
             for member in generation.members:
-                member.is_open &= member.is_own or member.name.startswith("rollout node ")
+                member.is_open &= member.is_own or member.name.startswith(NODE)
             generation.add(self._local_member())
 
     async def _wake(self) -> None:

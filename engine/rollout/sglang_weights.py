@@ -116,17 +116,18 @@ class WeightCommands:
     async def _begin(self) -> None:
         try:
             await self._client.call("/begin_weight_update")
-        except RuntimeError:
-            if self._is_set_up:
-                raise
-            await self._client.call("/end_weight_update")  # the engine before this one left the server in the middle of a swap
+        except RuntimeError as error:
+            try:  # it is open: the engine before this one left it so, or SGLang failed after it had opened or before it had closed it
+                await self._client.call("/end_weight_update")
+            except RuntimeError:
+                raise error from None
             await self._client.call("/begin_weight_update")
         self._session_is_open = True
 
     async def _end(self) -> None:
         if self._session_is_open:
+            self._session_is_open = False  # if that fails, `_begin` finds out whether it is
             await self._client.call("/end_weight_update")
-            self._session_is_open = False
 
     async def _label(self, policy_version: int) -> None:
         """What SGLang stamps on its responses."""

@@ -24,7 +24,7 @@ from tandem.engine.rollout.sglang_client import SGLangClient
 from tandem.engine.rollout.sglang_guard import mapped_files, processes
 from tandem.engine.rollout.sglang_server import SGLangServer
 from tandem.engine.types import Completion, EngineDiedError, GenerationRequest, StopState, WeightTransferError
-from tests.rollout.models import VOCAB_SIZE, disk_tensors, metas, reference_logprobs, send, serve, tiny_model
+from tests.rollout.models import CONTEXT_LENGTH, VOCAB_SIZE, disk_tensors, metas, reference_logprobs, send, serve, tiny_model
 from tests.rollout.sglang_servers import SGLANG, Servers, marked, need_sglang, server_processes, setup_of, shared_files
 
 PROMPT = tuple(range(3, 43))
@@ -146,6 +146,38 @@ def test_a_resumed_response_finds_its_prefix_in_the_cache_until_the_weights_chan
     assert cached_tokens() >= len(PROMPT) - 1
     serve(engine, models[1], policy_version=1)
     assert cached_tokens() == 0
+
+
+@marked
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.5), (4, 0.6)])
+def test_only_the_tokens_that_top_k_and_top_p_keep_are_drawn(sglang_servers: Servers, top_k: int, top_p: float) -> None:
+    """By transformers' probabilities. SGLang, as the embedded engine, keeps a token if those before it come to less than top_p."""
+    need_sglang()
+    model = tiny_model(peaked=False)
+    engine = sglang_servers.engine(model, dataclasses.replace(CONFIG, temperature=1.5, top_k=top_k, top_p=top_p))
+    serve(engine, model, policy_version=0)
+    requests = [ask(str(i), 40, token_ids=(1 + i, 2), seed=i, temperature=None) for i in range(6)]
+    ranks = list[int]()
+    for completion in engine.generate(requests):
+        request = requests[int(completion.request_id)]
+        with torch.no_grad():
+            logits = model(torch.tensor([[*request.token_ids, *completion.token_ids]])).logits[0, len(request.token_ids) - 1 : -1]
+        kept, order = (logits / 1.5).softmax(-1).sort(descending=True)
+        for probabilities, tokens, token in zip(kept, order, completion.token_ids, strict=True):
+            ranks.append(tokens.tolist().index(token))
+            assert not top_k or ranks[-1] < top_k
+            assert probabilities[: ranks[-1]].sum().item() < top_p + 1e-5
+    assert len(ranks) == 240
+    assert len(set(ranks)) > 1, "more than the likeliest is drawn"
+
+
+@marked
+def test_a_response_may_fill_the_context_to_its_last_token_also_when_resumed_there(engine: SGLangEngine) -> None:
+    num_new = CONTEXT_LENGTH - len(PROMPT)
+    (whole,) = engine.generate([ask("whole", num_new)])
+    assert (len(whole.token_ids), whole.stop) == (num_new, StopState.LENGTH)
+    (last,) = engine.generate([ask("last", 1, token_ids=(*PROMPT, *whole.token_ids[:-1]), num_prefix_tokens=num_new - 1)])
+    assert (last.token_ids, last.stop) == (whole.token_ids[-1:], StopState.LENGTH)
 
 
 @marked
