@@ -17,10 +17,12 @@ BLOCK_COLUMNS = {"cpu": 2048, "cuda": 8192}
 # Logits of whole rows that exist at a time where the gradient is computed in the forward pass: on a CPU 64 MiB. Each block of rows reads
 # and writes the fp32 gradient of the whole weight.
 ROW_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28}
-# Terms of the logits, T * V * H, from which a CPU computes the products with oneDNN. In fp32 its AVX-512 kernels run on every maker's
-# chips, torch's own product (MKL) takes AVX2 on AMD's: 220 against 100 GFLOP/s on a core of Zen 5. But each shape that it has not seen
-# costs a millisecond, and there are up to a dozen.
-MIN_ONEDNN_TERMS = 1 << 31
+# Terms of the logits, T * V * H, from which a CPU computes products with oneDNN and exponentials by exp2. oneDNN's AVX-512 kernels in fp32
+# run on every maker's chips, torch's own product (MKL) takes AVX2 on AMD's: 220 against 100 GFLOP/s on a core of Zen 5. But each shape
+# that it has not seen costs a millisecond, and there are up to a dozen. Small problems, as those of tests, get the most exact digits.
+MIN_FAST_TERMS = 1 << 31
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Exp = Callable[..., torch.Tensor]
 
 
 def local_targets(targets_T: torch.Tensor, vocab_size: int, tp_group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -64,14 +66,14 @@ def logprob_forward(
     """(logprobs_T, entropy_T, lse_T)."""
     num_tokens, vocab_size = hidden_TH.shape[0], weight_VH.shape[0]
     local_T = local_targets(targets_T, vocab_size, tp_group)
-    product = _product_for(hidden_TH, weight_VH, temperature_T.dtype)
+    product, exp = _functions_for(hidden_TH, weight_VH, temperature_T.dtype)
     parts = list(_column_blocks(hidden_TH, vocab_size))
     stats_N4T = temperature_T.new_empty((len(parts), 4, num_tokens))
     for stats_4T, columns in zip(stats_N4T, parts, strict=True):
         weight_vH = weight_VH[columns].to(temperature_T.dtype)
         for rows in _row_blocks(hidden_TH, len(weight_vH)):
             logits_tv = product(_scaled(hidden_TH, temperature_T, rows), weight_vH)
-            _write_stats(stats_4T[:, rows], logits_tv, local_T[rows] - columns.start)
+            _write_stats(stats_4T[:, rows], logits_tv, local_T[rows] - columns.start, exp)
     return finish(merge(stats_N4T), tp_group)
 
 
@@ -94,7 +96,7 @@ def logprob_backward(
     local_T = local_targets(targets_T, vocab_size, tp_group)
     g_T = torch.zeros_like(lse_T) if grad_logprobs_T is None else grad_logprobs_T
     scale_T = -temperature_T.reciprocal() if grad_entropy_T is not None else -g_T / temperature_T
-    product = _product_for(hidden_TH, weight_VH, lse_T.dtype)
+    product, exp = _functions_for(hidden_TH, weight_VH, lse_T.dtype)
     grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=lse_T.dtype)
     grad_weight_VH = torch.empty_like(weight_VH)
     for columns in _column_blocks(hidden_TH, vocab_size):
@@ -103,10 +105,10 @@ def logprob_backward(
         for rows in _row_blocks(hidden_TH, len(weight_vH)):
             logp_tv = product(_scaled(hidden_TH, temperature_T, rows), weight_vH).sub_(lse_T[rows, None])
             if grad_entropy_T is None:
-                dz_tv = _exp(logp_tv, out=logp_tv)
+                dz_tv = exp(logp_tv, out=logp_tv)
                 at_target_t = torch.ones_like(lse_T[rows])
             else:
-                dz_tv = _exp(logp_tv, out=torch.empty_like(logp_tv))
+                dz_tv = exp(logp_tv, out=torch.empty_like(logp_tv))
                 dz_tv.mul_(logp_tv.add_(entropy_T[rows, None]).mul_(grad_entropy_T[rows, None]).add_(g_T[rows, None]))
                 at_target_t = g_T[rows]
             _subtract_at(dz_tv, local_T[rows] - columns.start, at_target_t)
@@ -138,13 +140,13 @@ def logprob_with_gradient(
     grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=temperature_T.dtype)
     logprobs_T, entropy_T = torch.empty_like(temperature_T), torch.empty_like(temperature_T)
     scale_T = -coefficients_T / temperature_T
-    product = _product_for(hidden_TH, weight_VH, temperature_T.dtype)
+    product, exp = _functions_for(hidden_TH, weight_VH, temperature_T.dtype)
     parts = list(_column_blocks(hidden_TH, vocab_size))
     for rows in _whole_rows(hidden_TH, vocab_size):
         scaled_tH = _scaled(hidden_TH, temperature_T, rows)
         stats_N4t = temperature_T.new_empty((len(parts), 4, len(scaled_tH)))
         exp_Ntv = [
-            _write_stats(stats_4t, product(scaled_tH, weight_wide_VH[columns]), local_T[rows] - columns.start)
+            _write_stats(stats_4t, product(scaled_tH, weight_wide_VH[columns]), local_T[rows] - columns.start, exp)
             for stats_4t, columns in zip(stats_N4t, parts, strict=True)
         ]
         logprobs_T[rows], entropy_T[rows], lse_t = finish(merge(stats_N4t), tp_group)
@@ -182,14 +184,12 @@ def _scaled(hidden_TH: torch.Tensor, temperature_T: torch.Tensor, rows: slice) -
     return hidden_TH[rows] / temperature_T[rows, None]
 
 
-def _product_for(
-    hidden_TH: torch.Tensor, weight_VH: torch.Tensor, dtype: torch.dtype
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """left @ right.T for blocks of a problem of this size: oneDNN's on a CPU where it pays, otherwise torch's."""
-    is_large = hidden_TH.numel() * len(weight_VH) >= MIN_ONEDNN_TERMS
+def _functions_for(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, dtype: torch.dtype) -> tuple[Product, Exp]:
+    """left @ right.T and exp for a problem of this size: the fast ones of a CPU where they pay, otherwise torch's."""
+    is_large = hidden_TH.numel() * len(weight_VH) >= MIN_FAST_TERMS
     if is_large and dtype == torch.float32 and not hidden_TH.is_cuda and torch.backends.mkldnn.is_available():
-        return _onednn_product
-    return lambda left, right: left @ right.T
+        return _onednn_product, _exp
+    return lambda left, right: left @ right.T, torch.exp
 
 
 def _onednn_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -197,18 +197,18 @@ def _onednn_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _exp(x: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-    """exp(x), by torch.exp2: on a CPU a quarter of the time of torch.exp."""
+    """By torch.exp2, in a quarter of the time of torch.exp on a CPU. The product with log2(e) is rounded: relative error 2^-24 |x|."""
     return torch.mul(x, math.log2(math.e), out=out).exp2_()
 
 
-def _write_stats(stats_4t: torch.Tensor, logits_tv: torch.Tensor, targets_t: torch.Tensor) -> torch.Tensor:
+def _write_stats(stats_4t: torch.Tensor, logits_tv: torch.Tensor, targets_t: torch.Tensor, exp: Exp) -> torch.Tensor:
     """What `merge` wants of one part of the vocabulary. Overwrites the logits; returns exp(logits - their maximum)."""
     max_t, sum_t, weighted_t, target_t = stats_4t
     here_t = (targets_t >= 0) & (targets_t < logits_tv.shape[1])
     target_t.copy_(logits_tv.gather(1, torch.where(here_t, targets_t, 0)[:, None])[:, 0].where(here_t, -torch.inf))
     torch.amax(logits_tv, 1, out=max_t)
     below_tv = logits_tv.sub_(max_t[:, None])
-    exp_tv = _exp(below_tv, out=torch.empty_like(below_tv))
+    exp_tv = exp(below_tv, out=torch.empty_like(below_tv))
     torch.sum(exp_tv, 1, out=sum_t)
     torch.sum(below_tv.mul_(exp_tv), 1, out=weighted_t)
     return exp_tv

@@ -32,7 +32,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if request.param == "reference with oneDNN":
         if DEVICE != "cpu" or not torch.backends.mkldnn.is_available():
             pytest.skip("oneDNN multiplies on a CPU, where torch was built with it")
-        monkeypatch.setattr(reference, "MIN_ONEDNN_TERMS", 0)
+        monkeypatch.setattr(reference, "MIN_FAST_TERMS", 0)
     choice: backend.Backend = "triton" if request.param == "triton" else "reference"
     with backend.chosen(choice):
         yield choice
