@@ -28,7 +28,7 @@ from tandem.kernels.checksum import triton as checksum
 from tandem.kernels.grouped_gemm import triton as grouped_gemm
 from tandem.kernels.logprob import triton as logprob
 from tandem.kernels.norm import triton as norm
-from tandem.kernels.packing import CASTS, Packer, Part
+from tandem.kernels.packing import CASTS, Magnitudes, Packer, Part
 from tandem.kernels.permute import triton as permute
 from tandem.kernels.policy_loss import triton as policy_loss
 from tandem.kernels.policy_loss.inputs import VARIANTS, Responses, Tokens
@@ -55,7 +55,6 @@ class Configuration:
     launch: Callable[[], object]
     quick: bool = False  # compiled by `make test`, for Hopper
     chips: tuple[Chip, ...] = tuple(TENSOR_CORES)
-    spills: bool = False  # known to
 
 
 def meta(*shape: int, dtype: torch.dtype = BF16) -> Any:
@@ -165,31 +164,36 @@ def _checksum() -> None:
 
 
 def _packing(casts: Iterable[tuple[torch.dtype, torch.dtype]]) -> None:
-    """Each cast of rows that are aligned and of some that are not, alone and in one bucket."""
+    """Each cast of rows that are aligned and of some that are not, alone and in one bucket; to fp8 with scales that are found or given."""
+    fp8, scales = torch.float8_e4m3fn, meta(64, 64, dtype=FP32)
     casts = sorted(casts, key=str)
 
-    def part(source: torch.Tensor, to: torch.dtype) -> Part:
-        return Part(source=source, start=256, dtype=to, scale_start=1 << 30 if to == torch.float8_e4m3fn else None)
+    def both(dtype: torch.dtype) -> list[torch.Tensor]:
+        return [meta(4096, 4096, dtype=dtype), meta(4096, 4097, dtype=dtype)[:, :1023]]
 
-    parts = [part(rows, to) for dtype, to in casts for rows in (meta(4096, 4096, dtype=dtype), meta(4096, 4097, dtype=dtype)[:, :1023])]
+    def part(source: torch.Tensor, to: torch.dtype) -> Part:
+        return Part(source=source, start=256, dtype=to, scale_start=1 << 30 if to == fp8 != source.dtype else None)
+
+    parts = [part(rows, to) for dtype, to in casts for rows in both(dtype)]
+    cut = [rows for dtype, to in casts if to == fp8 != dtype for rows in both(dtype)]
+    parts += [Part(source=rows, start=256, dtype=fp8, given_scales=scales, row=160, column=32) for rows in cut]
     with chosen("triton"):
         for bucket in ([one] for one in parts):
             Packer(bucket).pack(meta(1 << 32, dtype=torch.uint8))
         Packer(parts).pack(meta(1 << 32, dtype=torch.uint8))
+        for rows in cut:
+            Magnitudes([(rows, scales, 160, 32)]).find()
 
-
-# The tiles of attention and of grouped products are for NVIDIA's chips: on gfx942 the products' four stages take more shared memory than
-# there is, and attention of wide heads spills. In fp32 attention's products are exact, without tensor cores, and hold whole rows of both
-# operands in registers: its backward passes spill, and are there for checks.
-NVIDIA: dict[str, Any] = {"chips": (80, 90)}
 
 CONFIGURATIONS = [
-    Configuration("attention", "D=128 bf16", lambda: _attention(128, 128, BF16), quick=True, **NVIDIA),
-    Configuration("attention", "D=128 bf16, gradient of the LSE", lambda: _attention(128, 128, BF16, with_lse=True), **NVIDIA),
-    Configuration("attention", "D=128 fp16", lambda: _attention(128, 128, FP16), **NVIDIA),
-    Configuration("attention", "D=192/128 bf16", lambda: _attention(192, 128, BF16), **NVIDIA),
-    *(Configuration("attention", f"D={d} bf16", lambda d=d: _attention(d, d, BF16), **NVIDIA) for d in (16, 32, 64)),
-    *(Configuration("attention", f"D={d} fp32", lambda d=d: _attention(d, d, FP32), spills=True, **NVIDIA) for d in (64, 128)),
+    Configuration("attention", "D=128 bf16", lambda: _attention(128, 128, BF16), quick=True),
+    Configuration("attention", "D=128 bf16, gradient of the LSE", lambda: _attention(128, 128, BF16, with_lse=True)),
+    Configuration("attention", "D=128 fp16", lambda: _attention(128, 128, FP16)),
+    Configuration("attention", "D=192/128 bf16", lambda: _attention(192, 128, BF16)),
+    *(Configuration("attention", f"D={d} bf16", lambda d=d: _attention(d, d, BF16)) for d in (16, 32, 64)),
+    *(Configuration("attention", f"D={d} fp32", lambda d=d: _attention(d, d, FP32)) for d in (16, 32, 64, 128)),
+    # On sm_80 its pass for dQ spills 20 bytes whatever the tile.
+    Configuration("attention", "D=192/128 fp32", lambda: _attention(192, 128, FP32), chips=(90, "gfx942")),
     Configuration("logprob", "bf16", lambda: _logprob(4096, BF16, with_entropy=False), quick=True),
     Configuration("logprob", "bf16, gradient of the entropy", lambda: _logprob(4096, BF16, with_entropy=True)),
     Configuration("logprob", "fp16", lambda: _logprob(4096, FP16, with_entropy=True)),
@@ -222,21 +226,20 @@ CONFIGURATIONS = [
     Configuration("permute", "E=128 K=8 bf16", lambda: _permute(128, 8, 2048, BF16), quick=True),
     Configuration("permute", "E=8 K=2 fp32", lambda: _permute(8, 2, 4096, FP32)),
     Configuration("permute", "E=256 K=8 H=7168 bf16", lambda: _permute(256, 8, 7168, BF16)),
-    Configuration("grouped_gemm", "bf16", lambda: _gemm(262_144, 2048, 1536, BF16), quick=True, **NVIDIA),
-    Configuration("grouped_gemm", "bf16, few rows an expert", lambda: _gemm(4096, 2048, 1536, BF16), **NVIDIA),
-    Configuration("grouped_gemm", "bf16, narrow", lambda: _gemm(262_144, 2048, 96, BF16), **NVIDIA),
-    Configuration("grouped_gemm", "bf16, a depth off the tile", lambda: _gemm(262_144, 752, 2048, BF16), **NVIDIA),
-    Configuration("grouped_gemm", "bf16, rows of no multiple of 16", lambda: _gemm(262_144, 760, 2048, BF16), **NVIDIA),
-    Configuration("grouped_gemm", "fp16", lambda: _gemm(262_144, 2048, 1536, FP16), **NVIDIA),
-    Configuration("grouped_gemm", "fp32", lambda: _gemm(32_768, 2048, 1536, FP32), **NVIDIA),
-    Configuration("adamw", "fp32 gradient, fp8 blocks", lambda: _adamw(FP32, casts=True), chips=(80, 90)),
+    Configuration("grouped_gemm", "bf16", lambda: _gemm(262_144, 2048, 1536, BF16), quick=True),
+    Configuration("grouped_gemm", "bf16, few rows an expert", lambda: _gemm(4096, 2048, 1536, BF16)),
+    Configuration("grouped_gemm", "bf16, narrow", lambda: _gemm(262_144, 2048, 96, BF16)),
+    Configuration("grouped_gemm", "bf16, a depth off the tile", lambda: _gemm(262_144, 752, 2048, BF16)),
+    Configuration("grouped_gemm", "bf16, rows of no multiple of 16", lambda: _gemm(262_144, 760, 2048, BF16)),
+    Configuration("grouped_gemm", "fp16", lambda: _gemm(262_144, 2048, 1536, FP16)),
+    Configuration("grouped_gemm", "fp32", lambda: _gemm(32_768, 2048, 1536, FP32)),
+    Configuration("adamw", "fp32 gradient, fp8 blocks", lambda: _adamw(FP32, casts=True)),
     Configuration("adamw", "bf16 gradient", lambda: _adamw(BF16, casts=False)),
     Configuration("repetition", "256 rows", _repetition),
     Configuration("checksum", "128 MiB, 300 entries", _checksum, quick=True),
-    Configuration("packing", "every cast", lambda: _packing(CASTS), chips=(80, 90)),
+    Configuration("packing", "every cast", lambda: _packing(CASTS)),
 ]
 SUBJECTS = list(dict.fromkeys(configuration.subject for configuration in CONFIGURATIONS))
-KNOWN_TO_SPILL = {(configuration.subject, configuration.name) for configuration in CONFIGURATIONS if configuration.spills}
 CHIPS: tuple[Chip, ...] = tuple(TENSOR_CORES)
 
 
@@ -280,7 +283,7 @@ def _distinct(kernels: Sequence[Compiled]) -> list[Compiled]:
 def faults_of(row: Row) -> list[str]:
     """What no kernel may do on its chip, whatever the table says."""
     kernel, found = row.kernel, []
-    if kernel.num_spills and (row.subject, row.configuration) not in KNOWN_TO_SPILL:
+    if kernel.num_spills:
         found.append(f"spills: {kernel.stack_bytes} bytes of stack, {kernel.num_spills - kernel.stack_bytes} accesses")
     if kernel.shared_bytes > SHARED_MEMORY_LIMIT[row.chip]:
         found.append(f"{kernel.shared_bytes} bytes of shared memory, of {SHARED_MEMORY_LIMIT[row.chip]}")
