@@ -12,6 +12,7 @@ import torch
 from tandem.engine.rollout.sglang_cpu import tandem_sglang_arithmetic as arithmetic
 from tandem.engine.rollout.sglang_cpu.sgl_kernel import assign_req_to_token_pool_cpu, murmur_hash32
 from tandem.engine.rollout.sglang_cpu.tandem_sglang_attention import decode, extend
+from tandem.kernels.attention import packed_attention
 from tandem.kernels.rope import rope
 
 
@@ -118,6 +119,23 @@ def test_prompt_attention_is_that_of_each_sequence_by_itself() -> None:
         here = slice(row, row + 1)
         alone = extend(own, torch.empty_like(own), k_cache, v_cache, slots[here], lengths[here], prefixes[here], SCALE)
         assert torch.equal(alone, part)
+
+
+@pytest.mark.slow  # what it holds depends on the processor's path through MKL
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("heads_per_key", [1, 2, 3, 5, 8])
+def test_attention_is_to_the_bit_the_trainers(heads_per_key: int) -> None:
+    """MKL multiplies one to three queries by the keys in another way than many."""
+    generator = torch.Generator().manual_seed(0)
+    length, num_heads, size = 40, 2 * heads_per_key, 32
+    query = torch.randn(length, num_heads, size, generator=generator) * 2
+    keys, values = (torch.randn(length, 2, size, generator=generator) * 2 for _ in range(2))
+    trained = packed_attention(query, keys, values, torch.full((length,), length, dtype=torch.int32), scale=SCALE)
+    slots, lengths = torch.arange(length)[None].expand(length, -1), torch.arange(length) + 1
+    caches = keys, values
+    assert torch.equal(decode(query, torch.empty_like(query), *caches, slots, lengths, SCALE), trained)
+    whole = torch.tensor([length]), torch.tensor([0])
+    assert torch.equal(extend(query, torch.empty_like(query), *caches, slots[:1], *whole, SCALE), trained)
 
 
 def not_reached(*_: Any, **__: Any) -> NoReturn:

@@ -2,7 +2,7 @@
 
 Some tokens' log-probs are so sensitive to rounding that float32 leaves them 2e-5 nats from fp64, the trainer's as much as SGLang's. Two
 implementations that add in different orders are then as far from each other; rounded alike, they differ by the last bit of a log-prob.
-What of SGLang's is not replaced (norms, activations, log-softmax) is rounded so as it is. Other dtypes stay with SGLang.
+SGLang's norms, activations and log-softmax are rounded so as they are. Its experts are not, and stay as they are; so do other dtypes.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
 
 
-# Replaces torch.nn.functional where SGLang's layers and experts are computed.
+# Replaces torch.nn.functional where SGLang computes its linear layers.
 functional = SimpleNamespace(**vars(F) | {"linear": linear})
 
 

@@ -13,7 +13,6 @@ def load() -> None:
         import sglang.srt.arg_groups.choices as choices  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:  # where 0.5.17 has them
         import sglang.srt.server_args as choices  # pyright: ignore[reportMissingImports]
-    import sglang.srt.layers.moe.fused_moe_native as fused_moe_native  # pyright: ignore[reportMissingImports]
     import sglang.srt.layers.quantization.unquant as unquantized  # pyright: ignore[reportMissingImports]
     import sglang.srt.layers.rotary_embedding.base as rotary  # pyright: ignore[reportMissingImports]
     import sglang.srt.layers.rotary_embedding.mrope as multimodal_rotary  # pyright: ignore[reportMissingImports]
@@ -36,7 +35,7 @@ def load() -> None:
     TorchNativeAttnBackend._run_sdpa_forward_decode = batched_decode(TorchNativeAttnBackend._run_sdpa_forward_decode)
     TorchNativeAttnBackend._run_sdpa_forward_extend = batched_extend(TorchNativeAttnBackend._run_sdpa_forward_extend)
     # And what else is rounded in another way than in the trainer.
-    unquantized.F = fused_moe_native.F = arithmetic.functional
+    unquantized.F = arithmetic.functional
     LogitsProcessor._compute_lm_head = arithmetic.head(LogitsProcessor._compute_lm_head)
     rotary.apply_rotary_emb = multimodal_rotary.apply_rotary_emb = arithmetic.rotate
 
