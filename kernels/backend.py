@@ -64,14 +64,25 @@ def runs_native(tensor: torch.Tensor) -> bool:
     return _chosen == "native" or (_chosen == "auto" and not tensor.is_cuda)
 
 
-def has_bulk_copies(tensor: torch.Tensor) -> bool:
-    """Whether Triton's descriptors are copies in bulk there (Hopper and later). Its interpreter, on a CPU, takes that way too."""
+def architecture(tensor: torch.Tensor) -> int | str:
+    """What Triton compiles for: NVIDIA's compute capability (90), AMD's name ("gfx942"); "cpu" where its interpreter computes."""
     if tensor.device.type == "cpu":
-        return True
+        return "cpu"
     from triton.runtime import driver
 
     target: Any = driver.active.get_current_target()
-    return isinstance(target.arch, int) and target.arch >= 90
+    return target.arch
+
+
+def has_bulk_copies(tensor: torch.Tensor) -> bool:
+    """Whether Triton's descriptors are copies in bulk there (Hopper and later). Its interpreter takes that way too."""
+    found = architecture(tensor)
+    return found == "cpu" if isinstance(found, str) else found >= 90
+
+
+def is_amd(tensor: torch.Tensor) -> bool:
+    """Whether it is on one of AMD's GPUs: 64 KiB of shared memory and 512 vector registers, of which products take their sums' too."""
+    return str(architecture(tensor)).startswith("gfx")
 
 
 def check_dtype(name: str, tensor: torch.Tensor) -> None:

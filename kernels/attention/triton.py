@@ -3,7 +3,9 @@
 Each sum is made by one program in one order, so results are the same bits from run to run. Tiles that the plan calls whole are
 computed without a mask. Softmax is in powers of two; sums are in fp32.
 
-Tiles are loaded through tensor descriptors (bulk copies on Hopper). A head of 192 is computed as 128 + 64.
+Tiles are loaded through tensor descriptors (bulk copies on Hopper). A head of 192 is computed as 128 + 64. In fp32 products are exact:
+tensor cores have no such, and the others take a whole row and column of what they multiply into registers. So there products over a
+head's width are summed by 64 columns at a time, read again for every tile.
 
 Shapes: T queries, S keys, N query heads, G key/value heads, D head width, P padded T.
 """
@@ -18,9 +20,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tandem.kernels.attention.plan import AttentionPlan
-from tandem.kernels.backend import has_bulk_copies
+from tandem.kernels.backend import has_bulk_copies, is_amd
 
 LOG2_E = 1.4426950408889634
+EXACT_COLUMNS = 64  # of a head that one product in fp32 sums; those of a head of 192 that are not among its first 128, too
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ class Tiles:
 
 
 def tiles_of(q_TND: torch.Tensor, value_width: int) -> Tiles:
-    """The tiles for these queries. None but those of fp32 spills registers for Hopper; their sizes are not tuned on hardware."""
+    """The tiles for these queries: none spills registers (docs/compiled.md). Their sizes are not tuned on hardware."""
     width = max(q_TND.shape[2], value_width)
     if q_TND.dtype == torch.float32:
-        # Exact products hold whole rows of both operands in registers: larger tiles spill twenty times as much; D = 128 still does.
-        return Tiles(forward=Tile(16, 16, 8, 1), keys=Tile(16, 16, 8, 1), queries=Tile(16, 16, 8, 1))
+        small = Tile(16, 16, 8, 1)
+        return Tiles(forward=Tile(32, 32, 8, 1) if width <= 64 else small, keys=small, queries=small)
+    if is_amd(q_TND):
+        return tiles_of_amd(width)
     if not has_bulk_copies(q_TND):
         return tiles_before_hopper(width)
     queries = Tile(128, 64, 8, 2)
@@ -67,27 +72,57 @@ def tiles_before_hopper(width: int) -> Tiles:
     return Tiles(forward=Tile(32, 32, 8, 2), keys=Tile(16, 32, 8, 2), queries=Tile(16, 32, 8, 2))
 
 
+def tiles_of_amd(width: int) -> Tiles:
+    """At most 256 registers, so that two waves share a unit and one computes while the other waits."""
+    if width <= 64:
+        return Tiles(forward=Tile(128, 64, 4, 1), keys=Tile(32, 64, 4, 1), queries=Tile(64, 64, 4, 1))
+    if width <= 128:
+        return Tiles(forward=Tile(64, 32, 4, 1), keys=Tile(32, 64, 8, 1), queries=Tile(64, 32, 8, 1))
+    return Tiles(forward=Tile(64, 32, 4, 1), keys=Tile(16, 32, 4, 1), queries=Tile(16, 32, 4, 1))
+
+
+@triton.jit
+def products_by_columns(left_desc, left_row, left_column, right_desc, right_row, right_column, total, WIDTH: tl.constexpr):
+    """total + left @ right.T, as many columns at a time as the descriptors' blocks have."""
+    STEP: tl.constexpr = left_desc.block_shape[1]
+    for column in tl.static_range(0, WIDTH, STEP):
+        left = left_desc.load([left_row, left_column + column])
+        right = right_desc.load([right_row, right_column + column])
+        total = tl.dot(left, right.T, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def is_visible(ends_ptr, place_q, start, BLOCK_K: tl.constexpr):
+    """Which keys from `start` on these queries see: queries by keys."""
+    place_k = start + tl.arange(0, BLOCK_K)
+    ends = tl.load(ends_ptr + place_k)
+    return (place_k[None, :] <= place_q[:, None]) & (place_q[:, None] < ends[None, :])
+
+
 @triton.jit
 def _forward_tile(
-    acc, row_max, row_sum, probs, decay, q0, q1, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n, before, k_column, v_column, scale_log2,
-    WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
+    acc, row_max, row_sum, probs, decay, q0, q1, q1_desc, q_row, q_column, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n, before,
+    k_column, v_column, scale_log2, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the keys of tile n.
 
     The values of the tile before are added here, not those of n: so the tensor cores do that while this tile's softmax is computed.
     """
     start = n * BLOCK_K
-    k0 = k0_desc.load([start, k_column])
-    scores = tl.dot(q0, k0.T, input_precision="ieee")
-    if WIDTH_1:
-        k1 = k1_desc.load([start, k_column + WIDTH_0])
-        scores = tl.dot(q1, k1.T, scores, input_precision="ieee")
+    if k0_desc.dtype == tl.float32:
+        scores = tl.zeros([q0.shape[0], BLOCK_K], tl.float32)
+        scores = products_by_columns(q1_desc, q_row, q_column, k1_desc, start, k_column, scores, WIDTH_0 + WIDTH_1)
+    else:
+        k0 = k0_desc.load([start, k_column])
+        scores = tl.dot(q0, k0.T, input_precision="ieee")
+        if WIDTH_1:
+            k1 = k1_desc.load([start, k_column + WIDTH_0])
+            scores = tl.dot(q1, k1.T, scores, input_precision="ieee")
     v = v_desc.load([before * BLOCK_K, v_column])
     acc = tl.dot(probs, v, acc * decay[:, None], input_precision="ieee")
     if MASKED:
-        place_k = start + tl.arange(0, BLOCK_K)
-        ends = tl.load(ends_ptr + place_k)
-        scores = tl.where((place_k[None, :] <= place_q[:, None]) & (place_q[:, None] < ends[None, :]), scores, -float("inf"))
+        scores = tl.where(is_visible(ends_ptr, place_q, start, BLOCK_K), scores, -float("inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
     base = new_max
     if MASKED:
@@ -134,7 +169,7 @@ def _forward(
         end_run = tl.load(runs_ptr + 2 * run + 1)
         for n in tl.range(first, end_run, num_stages=STAGES):
             acc, row_max, row_sum, probs, decay = _forward_tile(
-                acc, row_max, row_sum, probs, decay, q0, q1, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n,
+                acc, row_max, row_sum, probs, decay, q0, q1, q1_desc, start, head * q_head, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n,
                 tl.where(n == first, last, n - 1), group * k_head, group * v_head, scale_log2, WIDTH_0, WIDTH_1, BLOCK_K, False,
             )  # fmt: skip
         last = end_run - 1
@@ -143,7 +178,7 @@ def _forward(
         end_run = tl.load(runs_ptr + 2 * run + 1)
         for n in tl.range(first, end_run, num_stages=STAGES):
             acc, row_max, row_sum, probs, decay = _forward_tile(
-                acc, row_max, row_sum, probs, decay, q0, q1, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n,
+                acc, row_max, row_sum, probs, decay, q0, q1, q1_desc, start, head * q_head, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n,
                 tl.where(n == first, last, n - 1), group * k_head, group * v_head, scale_log2, WIDTH_0, WIDTH_1, BLOCK_K, True,
             )  # fmt: skip
         last = end_run - 1
@@ -158,15 +193,19 @@ def _forward(
 
 
 def descriptors(x_TND: torch.Tensor, block: int) -> tuple[Any, Any]:
-    """Blocks of rows by the first 128 and the other columns of a head. Both are the same where there are no others."""
+    """Blocks of rows by the first 128 and the other columns of a head; in fp32 the second one's are 64 of any.
+
+    Both are the same where the second one would have no columns, or as many as the first.
+    """
     length, heads, width = x_TND.shape
     stride, head_stride = x_TND.stride(0), x_TND.stride(1)
     columns = (heads - 1) * head_stride + width
     # A stride of a single row is free in torch, but not in a descriptor.
     stride = stride if length > 1 else -(-columns // 16) * 16
     first = min(width, 128)
+    second = min(width, EXACT_COLUMNS) if x_TND.dtype == torch.float32 else width - first
     whole = TensorDescriptor(x_TND, [length, columns], [stride, 1], [block, first])
-    return whole, TensorDescriptor(x_TND, [length, columns], [stride, 1], [block, width - first]) if width > first else whole
+    return whole, whole if second in (0, first) else TensorDescriptor(x_TND, [length, columns], [stride, 1], [block, second])
 
 
 def widths_of(width: int) -> dict[str, int]:

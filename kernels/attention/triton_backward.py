@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tandem.kernels.attention.plan import AttentionPlan
-from tandem.kernels.attention.triton import LOG2_E, Tile, descriptors, tiles_of, widths_of
+from tandem.kernels.attention.triton import LOG2_E, Tile, descriptors, is_visible, products_by_columns, tiles_of, widths_of
 
 
 @triton.jit
@@ -40,9 +40,10 @@ def _row_sums(
 
 @triton.jit
 def _keys_tile(
-    dk0, dk1, dv, k0, k1, v, q0_desc, q1_desc, grad_desc, lse_desc, delta_desc, places_ptr, ends_ptr, key_start, m, row_offset, q_column,
-    grad_column, scale_log2, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
+    dk0, dk1, dv, k0, k1, v, q0_desc, q1_desc, k1_desc, v1_desc, grad0_desc, grad1_desc, lse_desc, delta_desc, places_ptr, ends_ptr,
+    key_start, m, row_offset, q_column, k_column, v_column, grad_column, scale_log2,
+    WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries of tile m give to dK and dV. Scores are transposed, keys by queries.
 
@@ -54,13 +55,22 @@ def _keys_tile(
     base = lse_desc.load([row_offset + start]) / -scale_log2
     q0 = q0_desc.load([start, q_column])
     q1 = q0
-    scores = tl.dot(k0, q0.T, tl.broadcast_to(base[None, :], [BLOCK_K, BLOCK_Q]), input_precision="ieee")
+    scores = tl.broadcast_to(base[None, :], [BLOCK_K, BLOCK_Q])
     if WIDTH_1:
         q1 = q1_desc.load([start, q_column + WIDTH_0])
-        scores = tl.dot(k1, q1.T, scores, input_precision="ieee")
+    if q0.dtype == tl.float32:
+        scores = products_by_columns(k1_desc, key_start, k_column, q1_desc, start, q_column, scores, WIDTH_0 + WIDTH_1)
+    else:
+        scores = tl.dot(k0, q0.T, scores, input_precision="ieee")
+        if WIDTH_1:
+            scores = tl.dot(k1, q1.T, scores, input_precision="ieee")
     delta = delta_desc.load([row_offset + start])
-    grad = grad_desc.load([start, grad_column])
-    grad_probs = tl.dot(v, grad.T, tl.broadcast_to(-delta[None, :], [BLOCK_K, BLOCK_Q]), input_precision="ieee")
+    grad = grad0_desc.load([start, grad_column])
+    grad_probs = tl.broadcast_to(-delta[None, :], [BLOCK_K, BLOCK_Q])
+    if q0.dtype == tl.float32:
+        grad_probs = products_by_columns(v1_desc, key_start, v_column, grad1_desc, start, grad_column, grad_probs, VALUE_WIDTH)
+    else:
+        grad_probs = tl.dot(v, grad.T, grad_probs, input_precision="ieee")
     probs = tl.math.exp2(scores * scale_log2)
     if MASKED:
         place_q = tl.load(places_ptr + start + tl.arange(0, BLOCK_Q))
@@ -77,8 +87,9 @@ def _keys_tile(
 
 @triton.jit
 def _backward_keys(
-    q0_desc, q1_desc, k0_desc, k1_desc, v_desc, grad_desc, dk0_desc, dk1_desc, dv_desc, lse_desc, delta_desc, places_ptr, ends_ptr,
-    order_ptr, bounds_ptr, num_groups, padded_queries, q_head, k_head, v_head, grad_head, scale_log2, scale, grad_start,
+    q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, grad0_desc, grad1_desc, dk0_desc, dk1_desc, dv_desc, lse_desc, delta_desc,
+    places_ptr, ends_ptr, order_ptr, bounds_ptr, num_groups, padded_queries, q_head, k_head, v_head, grad_head, scale_log2, scale,
+    grad_start,
     HEADS_PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +99,7 @@ def _backward_keys(
     tile = tl.load(order_ptr + program // num_groups)
     start = tile * BLOCK_K
     k0 = k0_desc.load([start, group * k_head])
-    v = v_desc.load([start, group * v_head])
+    v = v0_desc.load([start, group * v_head])
     dk0 = tl.zeros([BLOCK_K, WIDTH_0], tl.float32)
     dv = tl.zeros([BLOCK_K, VALUE_WIDTH], tl.float32)
     k1 = k0
@@ -105,9 +116,9 @@ def _backward_keys(
     for i in tl.range(0, num_whole * HEADS_PER_GROUP, num_stages=STAGES):
         head = group * HEADS_PER_GROUP + i // num_whole
         dk0, dk1, dv = _keys_tile(
-            dk0, dk1, dv, k0, k1, v, q0_desc, q1_desc, grad_desc, lse_desc, delta_desc, places_ptr, ends_ptr, start,
-            first_whole + i % num_whole, head * padded_queries, head * q_head, head * grad_head, scale_log2,
-            WIDTH_0, WIDTH_1, BLOCK_Q, BLOCK_K, False,
+            dk0, dk1, dv, k0, k1, v, q0_desc, q1_desc, k1_desc, v1_desc, grad0_desc, grad1_desc, lse_desc, delta_desc, places_ptr, ends_ptr,
+            start, first_whole + i % num_whole, head * padded_queries, head * q_head, group * k_head, group * v_head, head * grad_head,
+            scale_log2, WIDTH_0, WIDTH_1, VALUE_WIDTH, BLOCK_Q, BLOCK_K, False,
         )  # fmt: skip
     num_before = first_whole - first
     num_masked = num_before + end - end_whole
@@ -115,9 +126,9 @@ def _backward_keys(
         head = group * HEADS_PER_GROUP + i // num_masked
         m = i % num_masked
         dk0, dk1, dv = _keys_tile(
-            dk0, dk1, dv, k0, k1, v, q0_desc, q1_desc, grad_desc, lse_desc, delta_desc, places_ptr, ends_ptr, start,
-            tl.where(m < num_before, first + m, end_whole + m - num_before), head * padded_queries, head * q_head,
-            head * grad_head, scale_log2, WIDTH_0, WIDTH_1, BLOCK_Q, BLOCK_K, True,
+            dk0, dk1, dv, k0, k1, v, q0_desc, q1_desc, k1_desc, v1_desc, grad0_desc, grad1_desc, lse_desc, delta_desc, places_ptr, ends_ptr,
+            start, tl.where(m < num_before, first + m, end_whole + m - num_before), head * padded_queries, head * q_head,
+            group * k_head, group * v_head, head * grad_head, scale_log2, WIDTH_0, WIDTH_1, VALUE_WIDTH, BLOCK_Q, BLOCK_K, True,
         )  # fmt: skip
     has_grad = (start + tl.arange(0, BLOCK_K) >= grad_start)[:, None]
     dk0_desc.store([start, group * WIDTH], tl.where(has_grad, dk0 * scale, 0.0).to(dk0_desc.dtype))
@@ -128,24 +139,29 @@ def _backward_keys(
 
 @triton.jit
 def _queries_tile(
-    dq0, dq1, q0, q1, grad, lse, delta, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n, k_column, v_column, scale_log2,
-    WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
+    dq0, dq1, q0, q1, grad, lse, delta, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, grad1_desc, ends_ptr, place_q, query_start, n,
+    q_column, k_column, v_column, grad_column, scale_log2, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys of tile n give to dQ. The order of products and exponentials is as in `_keys_tile`, and for its reason."""
     start = n * BLOCK_K
     k0 = k0_desc.load([start, k_column])
     k1 = k0
-    scores = tl.dot(q0, k0.T, input_precision="ieee")
     if WIDTH_1:
         k1 = k1_desc.load([start, k_column + WIDTH_0])
-        scores = tl.dot(q1, k1.T, scores, input_precision="ieee")
-    v = v_desc.load([start, v_column])
-    grad_probs = tl.dot(grad, v.T, input_precision="ieee")
+    if k0.dtype == tl.float32:
+        zeros = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+        scores = products_by_columns(q1_desc, query_start, q_column, k1_desc, start, k_column, zeros, WIDTH_0 + WIDTH_1)
+        grad_probs = products_by_columns(grad1_desc, query_start, grad_column, v1_desc, start, v_column, zeros, VALUE_WIDTH)
+    else:
+        scores = tl.dot(q0, k0.T, input_precision="ieee")
+        if WIDTH_1:
+            scores = tl.dot(q1, k1.T, scores, input_precision="ieee")
+        v = v0_desc.load([start, v_column])
+        grad_probs = tl.dot(grad, v.T, input_precision="ieee")
     probs = tl.math.exp2(scores * scale_log2 - lse[:, None])
     if MASKED:
-        place_k = start + tl.arange(0, BLOCK_K)
-        ends = tl.load(ends_ptr + place_k)
-        probs = tl.where((place_k[None, :] <= place_q[:, None]) & (place_q[:, None] < ends[None, :]), probs, 0.0)
+        probs = tl.where(is_visible(ends_ptr, place_q, start, BLOCK_K), probs, 0.0)
     grad_scores = (probs * (grad_probs - delta[:, None])).to(k0.dtype)
     dq0 = tl.dot(grad_scores, k0, dq0, input_precision="ieee")
     if WIDTH_1:
@@ -155,9 +171,9 @@ def _queries_tile(
 
 @triton.jit
 def _backward_queries(
-    q0_desc, q1_desc, k0_desc, k1_desc, v_desc, grad_desc, dq0_desc, dq1_desc, lse_ptr, delta_ptr, places_ptr, ends_ptr, order_ptr,
-    query_runs_ptr, runs_ptr, num_heads, padded_queries, q_head, k_head, v_head, grad_head, scale_log2, scale,
-    HEADS_PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr,
+    q0_desc, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, grad0_desc, grad1_desc, dq0_desc, dq1_desc, lse_ptr, delta_ptr, places_ptr,
+    ends_ptr, order_ptr, query_runs_ptr, runs_ptr, num_heads, padded_queries, q_head, k_head, v_head, grad_head, scale_log2, scale,
+    HEADS_PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, WIDTH_0: tl.constexpr, WIDTH_1: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -171,7 +187,7 @@ def _backward_queries(
     lse = tl.load(lse_ptr + offset)
     delta = tl.load(delta_ptr + offset)
     q0 = q0_desc.load([start, head * q_head])
-    grad = grad_desc.load([start, head * grad_head])
+    grad = grad0_desc.load([start, head * grad_head])
     dq0 = tl.zeros([BLOCK_Q, WIDTH_0], tl.float32)
     q1 = q0
     dq1 = dq0
@@ -184,14 +200,16 @@ def _backward_queries(
     for run in range(first_whole, first_masked):
         for n in tl.range(tl.load(runs_ptr + 2 * run), tl.load(runs_ptr + 2 * run + 1), num_stages=STAGES):
             dq0, dq1 = _queries_tile(
-                dq0, dq1, q0, q1, grad, lse, delta, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n, group * k_head, group * v_head,
-                scale_log2, WIDTH_0, WIDTH_1, BLOCK_K, False,
+                dq0, dq1, q0, q1, grad, lse, delta, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, grad1_desc, ends_ptr, place_q, start, n,
+                head * q_head, group * k_head, group * v_head, head * grad_head, scale_log2,
+                WIDTH_0, WIDTH_1, VALUE_WIDTH, BLOCK_Q, BLOCK_K, False,
             )  # fmt: skip
     for run in range(first_masked, end):
         for n in tl.range(tl.load(runs_ptr + 2 * run), tl.load(runs_ptr + 2 * run + 1), num_stages=STAGES):
             dq0, dq1 = _queries_tile(
-                dq0, dq1, q0, q1, grad, lse, delta, k0_desc, k1_desc, v_desc, ends_ptr, place_q, n, group * k_head, group * v_head,
-                scale_log2, WIDTH_0, WIDTH_1, BLOCK_K, True,
+                dq0, dq1, q0, q1, grad, lse, delta, q1_desc, k0_desc, k1_desc, v0_desc, v1_desc, grad1_desc, ends_ptr, place_q, start, n,
+                head * q_head, group * k_head, group * v_head, head * grad_head, scale_log2,
+                WIDTH_0, WIDTH_1, VALUE_WIDTH, BLOCK_Q, BLOCK_K, True,
             )  # fmt: skip
     dq0_desc.store([start, head * WIDTH], (dq0 * scale).to(dq0_desc.dtype))
     if WIDTH_1:
@@ -235,14 +253,14 @@ def attention_backward(
         HAS_GRAD_LSE=grad_lse_NT is not None, VALUE_WIDTH=value_width, BLOCK=block, num_warps=4,
     )  # fmt: skip
     strides = (q_TND.stride(1), k_SGD.stride(1), v_SGD.stride(1), grad_TND.stride(1))
-    shared = {"HEADS_PER_GROUP": num_heads // num_groups, "WIDTH": width, **widths_of(width)}
+    shared = {"HEADS_PER_GROUP": num_heads // num_groups, "WIDTH": width, **widths_of(width), "VALUE_WIDTH": value_width}
 
     def operands(tile: Tile) -> tuple[Any, ...]:
         return (
             *descriptors(q_TND, tile.block_q),
             *descriptors(k_SGD, tile.block_k),
-            descriptors(v_SGD, tile.block_k)[0],
-            descriptors(grad_TND, tile.block_q)[0],
+            *descriptors(v_SGD, tile.block_k),
+            *descriptors(grad_TND, tile.block_q),
         )
 
     tile = tiles.keys
@@ -250,8 +268,7 @@ def attention_backward(
     _backward_keys[(len(by_key.key_order_B) * num_groups,)](
         *operands(tile), *descriptors(dk, tile.block_k), descriptors(dv, tile.block_k)[0], *by_row, places, ends,
         by_key.key_order_B, by_key.key_bounds_B4, num_groups, padded_queries, *strides, scale * LOG2_E, scale, grad_start,
-        **shared, VALUE_WIDTH=value_width,
-        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, STAGES=tile.num_stages, num_warps=tile.num_warps,
+        **shared, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, STAGES=tile.num_stages, num_warps=tile.num_warps,
     )  # fmt: skip
     tile = tiles.queries
     _backward_queries[(len(by_query.query_order_A) * num_heads,)](

@@ -1,19 +1,16 @@
 """The block-scaled form of a matrix, for use within Triton kernels: the formula of the package, bit for bit."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import driver
+
+from tandem.kernels.backend import architecture
 
 
 def casts_in_hardware(tensor: torch.Tensor) -> bool:
     """Whether the chip that kernels on this tensor run on has an instruction for e4m3 (compute capability 8.9)."""
-    if tensor.device.type == "cpu":  # the interpreter, whose own cast is wrong
-        return False
-    target: Any = driver.active.get_current_target()
-    return isinstance(target.arch, int) and target.arch >= 89
+    found = architecture(tensor)
+    return isinstance(found, int) and found >= 89  # the interpreter's own cast is wrong
 
 
 @triton.jit

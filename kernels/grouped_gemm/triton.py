@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tandem.kernels.backend import has_bulk_copies
+from tandem.kernels.backend import has_bulk_copies, is_amd
 
 BAND = 8  # tiles of rows whose programs run side by side, so that they share the matrices' tiles in the L2 cache
 TABLE_TILES = 32  # entries of the table that one program writes
 ALIGNMENT = 16  # bytes of one vector load
+AMD_STAGES = 2  # one tile in shared memory, of 64 KiB, and the next one in registers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +40,20 @@ def tiles_for(x_MK: torch.Tensor, rows_per_group: float, num_columns: int) -> Ti
     if dtype == torch.float32 or num_columns % 16 or depth % 16:
         # Where rows do not begin at a multiple of 16, elements are loaded one by one: large tiles would not fit into the registers.
         return Tiles(rows=64, columns=64, depth=32, num_warps=4, num_stages=2)
-    wide = num_columns > 128 and has_bulk_copies(x_MK)
+    wide = num_columns > 128 and (has_bulk_copies(x_MK) or is_amd(x_MK))
+    num_stages = AMD_STAGES if is_amd(x_MK) else 4
     if rows_per_group <= 64:
-        return Tiles(rows=64, columns=128, depth=64, num_warps=4, num_stages=4)
-    return Tiles(rows=128, columns=256 if wide else 128, depth=64, num_warps=8, num_stages=4)
+        return Tiles(rows=64, columns=128, depth=64, num_warps=4, num_stages=num_stages)
+    return Tiles(rows=128, columns=256 if wide else 128, depth=64, num_warps=8, num_stages=num_stages)
 
 
-def weight_tiles_for(dtype: torch.dtype, num_outputs: int, num_inputs: int) -> Tiles:
+def weight_tiles_for(x_MH: torch.Tensor, num_outputs: int) -> Tiles:
     """Of the weights' gradient, ROWS outputs by COLUMNS inputs, summed over a group's rows."""
-    if dtype == torch.float32 or num_outputs % 16 or num_inputs % 16:
+    num_inputs = x_MH.shape[1]
+    if x_MH.dtype == torch.float32 or num_outputs % 16 or num_inputs % 16:
         return Tiles(rows=64, columns=64, depth=32, num_warps=4, num_stages=2)
-    if min(num_outputs, num_inputs) <= 128:
-        return Tiles(rows=128, columns=128, depth=64, num_warps=8, num_stages=3)
-    return Tiles(rows=128, columns=256, depth=64, num_warps=8, num_stages=3)
+    columns = 128 if min(num_outputs, num_inputs) <= 128 else 256
+    return Tiles(rows=128, columns=columns, depth=64, num_warps=8, num_stages=AMD_STAGES if is_amd(x_MH) else 3)
 
 
 @triton.jit
@@ -127,10 +130,13 @@ def _rows_kernel(
 def _weights_kernel(
     grad,
     x,
+    grad_blocks,
+    x_blocks,
     offsets,
     out,
     F,
     H,
+    BULK: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -139,21 +145,33 @@ def _weights_kernel(
     """out[e, f, h] = Σ_m grad[m, f] x[m, h] over the group's rows, in their order."""
     group = tl.program_id(1)
     num_across = tl.cdiv(H, COLUMNS)
-    output = tl.program_id(0) // num_across * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % num_across * COLUMNS + tl.arange(0, COLUMNS)
+    first_output, first_column = tl.program_id(0) // num_across * ROWS, tl.program_id(0) % num_across * COLUMNS
+    output, column = first_output + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     is_output, is_column = output < F, column < H
     begin, end = tl.load(offsets + group), tl.load(offsets + group + 1)
-    row = (begin + tl.arange(0, DEPTH)).to(tl.int64)
-    left = grad + row[None, :] * F + output[:, None]
-    right = x + row[:, None] * H + column[None, :]
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for start in range(begin, end, DEPTH):
-        is_row = start + tl.arange(0, DEPTH) < end
-        a = tl.load(left, mask=is_output[:, None] & is_row[None, :], other=0.0)
-        b = tl.load(right, mask=is_row[:, None] & is_column[None, :], other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-        left += DEPTH * F
-        right += DEPTH * H
+    if BULK:
+        end_whole = end - (end - begin) % DEPTH
+        for start in range(begin, end_whole, DEPTH):
+            a = grad_blocks.load([start, first_output])
+            total = tl.dot(a.T, x_blocks.load([start, first_column]), total, input_precision=PRECISION)
+        if end_whole < end:
+            # The rows behind belong to the next group, whose numbers may be anything.
+            is_row = (end_whole + tl.arange(0, DEPTH) < end)[:, None]
+            a = tl.where(is_row, grad_blocks.load([end_whole, first_output]), 0.0)
+            b = tl.where(is_row, x_blocks.load([end_whole, first_column]), 0.0)
+            total = tl.dot(a.T, b, total, input_precision=PRECISION)
+    else:
+        row = (begin + tl.arange(0, DEPTH)).to(tl.int64)
+        left = grad + row[None, :] * F + output[:, None]
+        right = x + row[:, None] * H + column[None, :]
+        for start in range(begin, end, DEPTH):
+            is_row = start + tl.arange(0, DEPTH) < end
+            a = tl.load(left, mask=is_output[:, None] & is_row[None, :], other=0.0)
+            b = tl.load(right, mask=is_row[:, None] & is_column[None, :], other=0.0)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+            left += DEPTH * F
+            right += DEPTH * H
     place = (group.to(tl.int64) * F + output[:, None]) * H + column[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=is_output[:, None] & is_column[None, :])
 
@@ -161,6 +179,17 @@ def _weights_kernel(
 def _precision(dtype: torch.dtype) -> str:
     """fp32 is not rounded to tf32; the others ignore it."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def _fits_bulk_copies(rows_MK: torch.Tensor) -> bool:
+    """Whether blocks of it are copied in bulk: 16-bit numbers (tiles of fp32 are small), whose rows begin at multiples of 16 bytes."""
+    places = rows_MK.data_ptr(), rows_MK.shape[1] * rows_MK.element_size()
+    fits = rows_MK.element_size() == 2 and all(place % ALIGNMENT == 0 for place in places)
+    return fits and len(rows_MK) > 0 and has_bulk_copies(rows_MK)
+
+
+def _blocks(rows_MK: torch.Tensor, num_rows: int, num_columns: int) -> TensorDescriptor:
+    return TensorDescriptor(rows_MK, list(rows_MK.shape), [rows_MK.shape[1], 1], [num_rows, num_columns])
 
 
 def _addresses(weights_EFH: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -236,15 +265,19 @@ def grad_weights(grad_MF: torch.Tensor, x_MH: torch.Tensor, offsets_E1: torch.Te
     grad_MF, x_MH = grad_MF.contiguous(), x_MH.contiguous()
     num_outputs, num_inputs, num_groups = grad_MF.shape[1], x_MH.shape[1], len(offsets_E1) - 1
     grads_EFH = x_MH.new_empty((num_groups, num_outputs, num_inputs))
-    tiles = weight_tiles_for(x_MH.dtype, num_outputs, num_inputs)
+    tiles = weight_tiles_for(x_MH, num_outputs)
+    bulk = _fits_bulk_copies(grad_MF) and _fits_bulk_copies(x_MH)
     if grads_EFH.numel():
         _weights_kernel[(triton.cdiv(num_outputs, tiles.rows) * triton.cdiv(num_inputs, tiles.columns), num_groups)](
             grad_MF,
             x_MH,
+            _blocks(grad_MF, tiles.depth, tiles.rows) if bulk else None,
+            _blocks(x_MH, tiles.depth, tiles.columns) if bulk else None,
             offsets_E1,
             grads_EFH,
             num_outputs,
             num_inputs,
+            BULK=bulk,
             PRECISION=_precision(x_MH.dtype),
             ROWS=tiles.rows,
             COLUMNS=tiles.columns,

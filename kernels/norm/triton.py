@@ -40,7 +40,8 @@ def _backward_kernel(
     grad, x, weight, rstd, grad_x, grad_weight, num_rows, num_programs, H: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
     column = tl.arange(0, WIDTH)
-    total = tl.zeros([WIDTH], dtype=tl.float32)
+    # A row of a tile for itself, added up once: a sum over the rows of every tile would be one over all warps.
+    total = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
     for start in range(tl.program_id(0) * ROWS, num_rows, num_programs * ROWS):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row[:, None] < num_rows) & (column[None, :] < H)
@@ -49,12 +50,12 @@ def _backward_kernel(
         above = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(rstd + row, mask=row < num_rows, other=0.0)[:, None]
         normed = values * scale
-        total += tl.sum(above * normed, 0)
+        total += above * normed
         # Read again for every tile: it is in the cache, and registers are what a wide row lacks.
         above = above * tl.load(weight + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
         mean = tl.sum(above * normed, 1) / H
         tl.store(grad_x + place, ((above - normed * mean[:, None]) * scale).to(grad_x.dtype.element_ty), mask=inside)
-    tl.store(grad_weight + tl.program_id(0).to(tl.int64) * H + column, total, mask=column < H)
+    tl.store(grad_weight + tl.program_id(0).to(tl.int64) * H + column, tl.sum(total, 0), mask=column < H)
 
 
 def forward(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 HEADS_PER_TILE = 16
+ELEMENTS_PER_WARP = 256  # 16 bytes of 16-bit numbers a thread: with more warps a tile of few heads is read in smaller pieces
 
 
 @triton.jit
@@ -35,6 +36,7 @@ def rotate(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, *,
         x_TND = x_TND.contiguous()
     num_tokens, num_heads, width = x_TND.shape
     out_TND = torch.empty((num_tokens, num_heads, width), dtype=x_TND.dtype, device=x_TND.device)
+    heads, padded = min(HEADS_PER_TILE, triton.next_power_of_2(num_heads)), triton.next_power_of_2(width // 2)
     if out_TND.numel():
         _rotate_kernel[(num_tokens,)](
             x_TND,
@@ -45,8 +47,9 @@ def rotate(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor, *,
             x_TND.stride(1),
             num_heads,
             HALF=width // 2,
-            PADDED=triton.next_power_of_2(width // 2),
-            HEADS=min(HEADS_PER_TILE, triton.next_power_of_2(num_heads)),
+            PADDED=padded,
+            HEADS=heads,
             BACK=back,
+            num_warps=max(1, min(4, heads * padded // ELEMENTS_PER_WARP)),
         )
     return out_TND

@@ -89,10 +89,11 @@ def test_rows_of_views_and_a_frozen_matrix(choice: Any) -> None:
 
 
 @pytest.mark.parametrize("choice", BACKENDS)
-def test_what_is_no_number_stays_with_its_expert(choice: Any) -> None:
+@pytest.mark.parametrize(("dtype", "inputs", "outputs"), [(torch.float32, 20, 9), (torch.bfloat16, 32, 16)], ids=["by element", "in bulk"])
+def test_what_is_no_number_stays_with_its_expert(dtype: torch.dtype, inputs: int, outputs: int, choice: Any) -> None:
     """Tiles reach over the ends of groups; 0 times NaN would be NaN."""
     torch.manual_seed(3)
-    x, weights = randn(12, 20), [randn(9, 20).requires_grad_() for _ in range(3)]
+    x, weights = randn(12, inputs, dtype=dtype), [randn(outputs, inputs, dtype=dtype).requires_grad_() for _ in range(3)]
     x[5] = float("nan")
     with backend.chosen(choice):
         out = grouped_linear(x.requires_grad_(), weights, offsets_of([5, 3, 4]))
