@@ -77,7 +77,7 @@ def cause_in(log: str) -> str:
     """The line of a server's log that tells of too little memory, or of a port that was taken, and what to do; "" without one."""
     for pattern, advice in (
         (_NO_MEMORY, "it ran out of memory: lower rollout.sglang.memory_fraction, rollout.sglang.kv_tokens or rollout.max_batch"),
-        (_NO_PORT, "its port was taken while it started: choose another rollout.sglang.port, or None, which takes another one at the next start"),
+        (_NO_PORT, "its port was taken while it started: choose another rollout.sglang.port, or None: another at each start"),
     ):
         lines = [line.strip() for line in log.splitlines() if pattern.search(line)]
         if lines:
