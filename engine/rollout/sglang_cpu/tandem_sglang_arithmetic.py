@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from tandem.engine.rollout import products
-from tandem.engine.rollout.products import ROW_MULTIPLE, round_up
+from tandem.engine.rollout.products import ROW_MULTIPLE
 
 Function = Callable[..., Any]
 
@@ -23,8 +23,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if not x.dtype == weight.dtype == torch.float32:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    padded = F.pad(rows, (0, 0, 0, round_up(len(rows), ROW_MULTIPLE) - len(rows)))
-    out = products.linear(padded, weight)[: len(rows)]
+    missing = -len(rows) % ROW_MULTIPLE
+    out = products.linear(F.pad(rows, (0, 0, 0, missing)) if missing else rows, weight)[: len(rows)]
     return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
 
 
