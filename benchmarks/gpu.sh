@@ -91,7 +91,7 @@ status=0
 for ((i = 0; i < JOBS; i++)); do
     own=()
     for ((j = i + 2; j <= $#; j += JOBS)); do own+=("${!j}"); done
-    "$1" -m pytest "${own[@]}" -q -rfE --noconftest -p tests.kernels.interpreter -p no:cacheprovider --timeout 100 --durations=5 >"$WORK/tests$i.log" 2>&1 &
+    "$1" -m pytest "${own[@]}" -rfEs --noconftest -p tests.kernels.interpreter -p no:cacheprovider --timeout 100 --durations=5 >"$WORK/tests$i.log" 2>&1 &
 done
 for job in $(jobs -p); do wait "$job" || status=1; done
 exit "$status"
