@@ -9,7 +9,8 @@
 # SGLANG_PYTHON=FILE: interpreter of SGLang's environment; default .sglang/bin/python.
 # SGLANG_SITE=DIR: in place of that, a folder of packages that holds SGLang and what it needs, for the interpreter PYTHON: what an
 # archive of SGLang was unpacked to. Its packages come before the interpreter's own.
-# ATTENTION=triton SAMPLING=pytorch: backends of SGLang on the GPU.  STEPS, TIMEOUT_S=540: seconds for all.
+# ATTENTION=triton SAMPLING=pytorch: backends of SGLang on the GPU.  STEPS.  TIMEOUT_S=540: seconds for all, START_TIMEOUT_S=240: for the
+# server to start.
 # SLEEP_BUDGET_BYTES: above it the run ends; 8 GiB, so that a table tells of what a run with the default of 2 GiB would only refuse.
 # Writes loop.md, loop.jsonl, loop.log, run.tgz (configuration, metrics, logs, trace) and machine.txt. Ends with status 1 if the loop did.
 set -uo pipefail
@@ -59,6 +60,7 @@ if ((on_cpu)); then
     options+=(--sampling.groups_in_flight 4 --replay.groups_per_update 4 --sampling.num_samples 4 --trainer.dtype float32 --trainer.microbatch_tokens 512)
 else
     options+=(--steps "${STEPS:-5}" --rollout.sglang.attention_backend "${ATTENTION:-triton}")
+    options+=(--rollout.sglang.start_timeout_s "${START_TIMEOUT_S:-240}") # then its log is shown, and not a run that was cut off
     options+=(--swap.sleep_budget_bytes "${SLEEP_BUDGET_BYTES:-$((8 << 30))}")
     options+=(--rollout.sglang.extra_args --sampling-backend "${SAMPLING:-pytorch}")
 fi
