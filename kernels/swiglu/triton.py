@@ -1,5 +1,5 @@
 """SwiGLU in Triton, in fp32 between load and store. Shapes as in the package, with the leading axes flattened to T rows."""
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
 import triton
