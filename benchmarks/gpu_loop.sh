@@ -62,7 +62,7 @@ else
     options+=(--steps "${STEPS:-5}" --rollout.sglang.attention_backend "${ATTENTION:-triton}")
     options+=(--rollout.sglang.start_timeout_s "${START_TIMEOUT_S:-240}") # then its log is shown, and not a run that was cut off
     options+=(--swap.sleep_budget_bytes "${SLEEP_BUDGET_BYTES:-$((8 << 30))}")
-    options+=(--rollout.sglang.extra_args --sampling-backend "${SAMPLING:-pytorch}")
+    options+=("--rollout.sglang.extra_args=--sampling-backend=${SAMPLING:-pytorch}") # of two words the first would be taken for an option
 fi
 timeout --kill-after=10 "${TIMEOUT_S:-540}" "$python" -m tandem.engine.train gpu_loop "${options[@]}" >"$out/loop.log" 2>&1
 status=$?

@@ -61,7 +61,7 @@ class SGLangConfig:
     stall_timeout_s: float = 900.0
     """A server that generates nothing for so long is killed and replaced, in seconds."""
     extra_args: tuple[str, ...] = ()
-    """Further arguments of `python -m sglang.launch_server`."""
+    """Further arguments of `python -m sglang.launch_server`; on the command line one, as --rollout.sglang.extra_args=--name=value."""
 
     def __post_init__(self) -> None:
         rule = "it must lie between 1 and 65535, or be None"

@@ -11,6 +11,7 @@ import torch
 from benchmarks import harness, train_step
 from benchmarks.harness import Case
 from benchmarks.results import read_rows
+from tandem.engine.recipes.registry import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 # In place of Python: notes what it is asked to run, and takes as long as a benchmark that hangs.
@@ -61,6 +62,21 @@ def test_what_runs_on_a_gpu_needs_none_of_the_packages_of_the_engine() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "error" not in done.stdout
+
+
+def test_the_loop_is_started_with_options_that_its_recipe_knows(tmp_path: Path) -> None:
+    python, calls, site = tmp_path / "python", tmp_path / "calls", tmp_path / "site"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    site.mkdir()
+    environment = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "SGLANG_SITE": str(site), "STEPS": "7"}
+    script = ["bash", "benchmarks/gpu_loop.sh", str(tmp_path / "out")]
+    subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=110, check=False)
+    (started,) = [line for line in calls.read_text().splitlines() if "tandem.engine.train" in line]
+    config = parse_recipe(started.split()[2:])
+    assert (config.name, config.steps, config.trainer.sleep, config.rollout.sglang.release) == ("gpu_loop", 7, "on", "all")
+    assert config.rollout.sglang.extra_args == ("--sampling-backend=pytorch",)
+    assert config.rollout.sglang.python is not None
 
 
 def test_every_subject_is_in_the_script_and_its_parts_add_up() -> None:
