@@ -10,7 +10,7 @@ head's width are summed by 64 columns at a time, read again for every tile.
 Shapes: T queries, S keys, N query heads, G key/value heads, D head width, P padded T.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 from dataclasses import dataclass
 from typing import Any
 
