@@ -154,6 +154,10 @@ class TrainerConfig:
     cp_attention: Literal["auto", "ulysses", "all_gather"] = "auto"
     """How context-parallel ranks (mesh.cp) attend: ulysses, each with a part of the heads to all tokens, or all_gather, each with its own
     tokens to the keys of all. auto: ulysses where tp * cp divides the key/value heads, else all_gather."""
+    single_pass_logprobs: bool = False
+    """Compute the logits once and their gradient with them where the loss's coefficients are known before (the warm start; the first update
+    of an iteration with loss.reference=recompute; all of loss.variant=rest): three products with the output layer in place of four, for a
+    gradient of its size that is held from a microbatch's forward to its backward pass. Rounded otherwise, so runs with and without it part."""
     updates_per_iteration: int = 4
     """Optimizer steps on the responses of one iteration (not given in the paper)."""
     reset_optimizer: bool = True

@@ -57,7 +57,7 @@ def train(config: RunConfig) -> None:
                 reference = [trainer.logprobs(microbatches) for microbatches in batch.updates] if recompute else None
             with phase("train"):
                 parts.begin_updates(step)
-                stats = trainer.update(batch.updates, batch.normalisers, reference)
+                stats = trainer.update(batch.updates, batch.normalisers, reference, references_are_own=True)
             finish_step(run, parts, step, groups, batch, {**held_out, **stats})
 
         with weights.serving(policy_version=config.steps):

@@ -80,7 +80,9 @@ class LocalBatch:
     output_M: torch.Tensor  # int64, places of the trained targets among them
     source_M: torch.Tensor  # int64, the tokens of this rank that predict them
     copies: Plan | None  # where one token predicts several targets (shared prompts): how its copies' gradients are added up
+    position_M: torch.Tensor  # int64, which of the T positions they are
     targets_M: torch.Tensor  # int64
+    coefficients_M: torch.Tensor | None = None  # fp32, of their log-probs in the loss, where these are known beforehand
     routing: Routing | None  # None: the model has no experts
 
     @property
@@ -158,7 +160,7 @@ def _outputs(microbatch: Microbatch, split_CL: np.ndarray, order_S: torch.Tensor
         own_L = split_CL[cp_rank]
         order_T, num_outputs = order_S, len(own_L)
         output_M = source_M = np.flatnonzero(loss_mask_T[own_L] & (own_L >= 0))
-        targets_M = targets_T[own_L][output_M]
+        position_M = own_L[output_M]
     else:
         place_T = token_order(split_CL, microbatch.num_tokens)[microbatch.shared.token_T.cpu().numpy()]
         positions_CO = split_positions(place_T // split_CL.shape[1], len(split_CL))
@@ -167,7 +169,7 @@ def _outputs(microbatch: Microbatch, split_CL: np.ndarray, order_S: torch.Tensor
         num_outputs = len(own_O)
         output_M = np.flatnonzero(loss_mask_T[own_O] & (own_O >= 0))
         source_M = place_T[own_O[output_M]] % split_CL.shape[1]
-        targets_M = targets_T[own_O[output_M]]
+        position_M = own_O[output_M]
         copies = _copies(source_M, split_CL.shape[1], device)
 
     def on_device(x: np.ndarray) -> torch.Tensor:
@@ -179,7 +181,8 @@ def _outputs(microbatch: Microbatch, split_CL: np.ndarray, order_S: torch.Tensor
         "output_M": on_device(output_M),
         "source_M": on_device(source_M),
         "copies": copies,
-        "targets_M": on_device(targets_M),
+        "position_M": on_device(position_M),
+        "targets_M": on_device(targets_T[position_M]),
     }
 
 

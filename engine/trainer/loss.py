@@ -6,12 +6,13 @@ in the normaliser of the global batch, so that the gradient does not depend on h
 Shapes: T tokens, R responses, P pairs of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tandem.engine.algo.pack import FILLER_ROW_ID, Microbatch
 from tandem.engine.config import LossConfig
+from tandem.engine.trainer.batch import LocalBatch
 from tandem.kernels.policy_loss import policy_loss
 
 # Places in the vector of sums that goes with each microbatch; those after MISMATCH_MAX are maxima.
@@ -34,11 +35,13 @@ class Policy:
 
     `reference_T`: log-probs of the policy at the iteration's start. None: take the rollout's, and weigh every token by the truncated
     ratio of the trained to the rollout's probability.
+    `is_reference`: no update since `reference_T` was computed, so the log-probs will be these.
     """
 
     config: LossConfig
     normaliser: float
     reference_T: torch.Tensor | None
+    is_reference: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,40 @@ def microbatch_loss(
         sums[KL] = (log_ratio_T.expm1() - log_ratio_T).sum()
         sums[ON_POLICY], sums[MISMATCH], sums[MISMATCH_MAX] = on_policy_T.sum(), mismatch_T.sum(), mismatch_T.amax()
     return (total * config.scale).float(), sums
+
+
+def known_coefficients(objective: Objective, microbatch: Microbatch) -> torch.Tensor | None:
+    """The loss's gradient in the log-probs, [T] fp32, where it is known before they are computed; None where it depends on them.
+
+    It does not for cross entropy and for the variant "rest"; for the others the log-probs themselves are known as long as the policy is
+    its reference.
+    """
+    if isinstance(objective, Supervised):
+        logprobs_T = torch.zeros_like(microbatch.loss_mask_T, dtype=torch.float32)
+    elif isinstance(objective, Preference) or objective.reference_T is None:
+        return None
+    elif objective.is_reference or objective.config.variant == "rest":
+        logprobs_T = objective.reference_T.detach().clone()
+    else:
+        return None
+    with torch.enable_grad():
+        loss, _ = microbatch_loss(objective, microbatch, logprobs_T.requires_grad_(), torch.zeros_like(logprobs_T))
+        (coefficients_T,) = torch.autograd.grad(loss, logprobs_T)
+    return coefficients_T
+
+
+def with_coefficients(batch: LocalBatch, objective: Objective | None) -> LocalBatch:
+    """The batch with the coefficients of this rank's targets, where they are known."""
+    coefficients_T = known_coefficients(objective, batch.whole) if objective is not None else None
+    return batch if coefficients_T is None else replace(batch, coefficients_M=coefficients_T[batch.position_M])
+
+
+def with_gradient(loss: torch.Tensor, stats_O: torch.Tensor) -> torch.Tensor:
+    """The loss; where the model's outputs have a third row, the gradient comes from there: the weighted sum of this rank's log-probs."""
+    if len(stats_O) == 2:
+        return loss
+    weighted_sum = stats_O[2].sum()
+    return loss.detach() + (weighted_sum - weighted_sum.detach())
 
 
 def scores_of(microbatch: Microbatch, values_T: torch.Tensor) -> torch.Tensor:

@@ -156,6 +156,7 @@ class MegatronTrainer:
         updates: Sequence[Sequence[Microbatch]],
         normalisers: Sequence[float],
         reference_logprobs: Sequence[Sequence[torch.Tensor]] | None,
+        references_are_own: bool = False,
     ) -> dict[str, float]:
         """One optimizer step per element of `updates`.
 
@@ -163,7 +164,8 @@ class MegatronTrainer:
             updates: this dp index's microbatches of each step; the number of steps is the same on all ranks.
             normalisers: of each step, over all ranks: the responses or trained tokens of the whole step
                 (`kernels.policy_loss.normaliser_of`).
-            reference_logprobs: what `logprobs` returned for each microbatch at the iteration's start. None: the rollout's are taken.
+            reference_logprobs: of each microbatch, by the policy at the iteration's start. None: the rollout's are taken.
+            references_are_own: they are what `logprobs` returns now, so that the first step's coefficients are known beforehand.
         Returns: means over all tokens and ranks, the same on every rank: loss (before loss.scale), grad_norm, entropy, kl, and
             logprob_diff_mean and logprob_diff_max: |log π - behaviour| on on-policy tokens in the first step, where the policy is
             still the one that generated them, so that any difference is the engines'.
@@ -174,7 +176,8 @@ class MegatronTrainer:
         all_sums, grad_norms = [], []
         for step, (microbatches, normaliser) in enumerate(zip(updates, normalisers, strict=True)):
             references = [None] * len(microbatches) if reference_logprobs is None else [x.to(device) for x in reference_logprobs[step]]
-            objectives = [losses.Policy(config=self.loss, normaliser=normaliser, reference_T=reference) for reference in references]
+            is_own = references_are_own and step == 0
+            objectives = [losses.Policy(config=self.loss, normaliser=normaliser, reference_T=x, is_reference=is_own) for x in references]
             stepped = self.step(microbatches, objectives, f"update {step}")
             if stepped is not None:
                 all_sums.append(stepped[0])
@@ -260,7 +263,7 @@ class MegatronTrainer:
             finite.check_loss(index, batch.whole, loss, stats_2T[0])
             return loss, sums
 
-        found = self._run(microbatches, loss_of, forward_only=False)
+        found = self._run(microbatches, loss_of, objectives if self.config.single_pass_logprobs else (), forward_only=False)
         finite.finish(self._chunks, self._ddp)
         return self._sum_over_ranks(found)
 
@@ -281,12 +284,13 @@ class MegatronTrainer:
         self,
         microbatches: Sequence[Microbatch],
         consume: Callable[[LocalBatch, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+        objectives: Sequence[losses.Objective] = (),
         *,
         forward_only: bool,
     ) -> list[torch.Tensor]:
         """Megatron's schedule over the microbatches. Returns the second result of `consume` for each, on the last stage.
 
-        `consume` gets the whole microbatch's log-probs and entropies, [2, T], and the microbatch's number.
+        `consume` gets a microbatch's log-probs and entropies, [2, T], and its number. Objectives tell coefficients known beforehand.
         """
         filled, min_tokens = self._fill_up(microbatches)
         make = functools.partial(
@@ -302,19 +306,20 @@ class MegatronTrainer:
         prepared = [make(microbatch) for microbatch in filled] if len(self._ddp) > 1 else None
 
         def batches() -> Iterator[tuple[int, LocalBatch]]:
-            return enumerate(prepared if prepared is not None else map(make, filled))
+            made = prepared if prepared is not None else map(make, filled)
+            return enumerate(map(losses.with_coefficients, made, [*objectives, *[None] * (len(filled) - len(objectives))]))
 
         cp_group: Any = parallel_state.get_context_parallel_group()
 
         def forward_step(iterator: Iterator[tuple[int, LocalBatch]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             index, batch = next(iterator)
 
-            def loss_func(stats_2O: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-                stats_2T = stats_2O
+            def loss_func(stats_O: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                stats_2T = stats_O[:2]
                 if batch.order_T is not None:
-                    stats_2T = gather_replicated(stats_2O.T, batch.order_T, cp_group).T
+                    stats_2T = gather_replicated(stats_2T.T, batch.order_T, cp_group).T
                 loss, kept = consume(batch, stats_2T, index)
-                return loss, torch.zeros((), dtype=torch.int), kept
+                return losses.with_gradient(loss, stats_O), torch.zeros((), dtype=torch.int), kept
 
             return model(batch), loss_func
 
@@ -350,10 +355,9 @@ class MegatronTrainer:
     def _fill_up(self, microbatches: Sequence[Microbatch]) -> tuple[list[Microbatch], int]:
         """Fillers so that all data-parallel ranks run equally many, and the length they are padded to (0: each its own)."""
         longest = max((num_local_tokens(m, self.mesh) for m in microbatches), default=1) if self._one_length else 0
-        agreed = torch.tensor([len(microbatches), longest], device=self._inverse_frequencies_D.device)
+        agreed = torch.tensor([max(1, len(microbatches)), longest], device=self._inverse_frequencies_D.device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
         count, longest = (int(x) for x in agreed)
-        count = max(1, count)
         if self.mesh.config.vpp > 1:  # the interleaved schedule takes whole rounds
             count = -(-count // self.mesh.pp_size) * self.mesh.pp_size
         filler = build_microbatch([])
@@ -362,10 +366,8 @@ class MegatronTrainer:
         return [*microbatches, *[filler] * (count - len(microbatches))], longest
 
     def _logprobs_from_last_stage(self, found: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
-        total = sum(lengths)
-        joined = (
-            torch.cat(list(found))[:total] if self.mesh.is_last_stage else torch.empty(total, device=self._inverse_frequencies_D.device)
-        )
+        total, device = sum(lengths), self._inverse_frequencies_D.device
+        joined = torch.cat(list(found))[:total] if self.mesh.is_last_stage else torch.empty(total, device=device)
         from_last_stage(joined)
         return list(joined.split(list(lengths)))
 

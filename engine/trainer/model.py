@@ -22,7 +22,7 @@ from tandem.engine.trainer.layers import layer_specs
 from tandem.engine.trainer.mesh import Mesh
 from tandem.engine.trainer.modules import Norm, ScoreHead
 from tandem.engine.types import WeightShard
-from tandem.kernels.logprob import linear_logprob
+from tandem.kernels.logprob import linear_logprob, linear_logprob_sum
 from tandem.kernels.permute import permute
 
 EMBEDDING_STD = 0.02
@@ -32,6 +32,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 class PolicyModel(GPTModel):
     """One pipeline chunk. The last one returns [2, O] fp32: log-prob of the target and entropy where it is trained, else 0.
 
+    Where the batch has coefficients of the log-probs, they have no gradient, but their weighted sum has: the first number of a third row.
     With a score head, a reward model's: the score of the token in place of the log-prob, and 0.
     """
 
@@ -54,18 +55,25 @@ class PolicyModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         hidden_LH = hidden_states[:, 0]
         hidden_MH = permute(hidden_LH, batch.copies) if batch.copies is not None else hidden_LH.index_select(0, batch.source_M)
-        stats_2M = torch.stack(self._scores(hidden_MH) if self.has_score_head else self._logprobs(hidden_MH, batch.targets_M))
-        return stats_2M.new_zeros((2, batch.num_outputs)).index_copy(1, batch.output_M, stats_2M)
+        weighted_sum, *stats = self._scores(hidden_MH) if self.has_score_head else self._logprobs(hidden_MH, batch)
+        stats_2M = torch.stack(stats)
+        stats_2O = stats_2M.new_zeros((2, batch.num_outputs)).index_copy(1, batch.output_M, stats_2M)
+        if weighted_sum is None:
+            return stats_2O
+        return torch.cat([stats_2O, torch.nn.functional.pad(weighted_sum.view(1, 1), (0, batch.num_outputs - 1))])
 
-    def _logprobs(self, hidden_MH: torch.Tensor, targets_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logprobs(self, hidden_MH: torch.Tensor, batch: LocalBatch) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         tied = self.share_embeddings_and_output_weights
         weight_VH: Any = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         tp_group: Any = parallel_state.get_tensor_model_parallel_group()
-        return linear_logprob(hidden_MH, weight_VH, targets_M, temperature=self.temperature, tp_group=tp_group)
+        inputs, options = (hidden_MH, weight_VH, batch.targets_M), {"temperature": self.temperature, "tp_group": tp_group}
+        if batch.coefficients_M is not None:
+            return linear_logprob_sum(*inputs, batch.coefficients_M, **options)
+        return None, *linear_logprob(*inputs, **options)
 
-    def _scores(self, hidden_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scores(self, hidden_MH: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         scores_M: torch.Tensor = self.output_layer(hidden_MH)
-        return scores_M, torch.zeros_like(scores_M)
+        return None, scores_M, torch.zeros_like(scores_M)
 
 
 def build_chunks(config: TransformerConfig, architecture: Architecture, mesh: Mesh, temperature: float) -> list[PolicyModel]:

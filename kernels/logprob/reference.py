@@ -1,5 +1,9 @@
 """Linear log-prob in plain torch, a block of logits at a time, and what all implementations share: merging and the rank's targets.
 
+The forward pass multiplies once with the weight, the backward pass three times, the single pass three times in all; plain torch, which
+keeps the logits, three times. Their arithmetic alone is thus 4/3 of plain torch's for forward and backward, and 1 for the single pass;
+what they save is traffic and page faults of [T, V], and oneDNN's products (`MIN_FAST_TERMS`). benchmarks/logprob.py measures both.
+
 Shapes: T tokens, H hidden width, V this rank's part of the vocabulary, N parts of the vocabulary that are merged, P ranks that split it.
 Products and sums are in fp32, or fp64 for fp64 operands.
 """

@@ -12,6 +12,7 @@ import tandem.engine.trainer  # noqa: F401  before megatron
 from tandem.engine.algo.pack import Microbatch, build_microbatch
 from tandem.engine.config import LossConfig, MeshConfig, OptimizerConfig, TrainerConfig
 from tandem.engine.trainer import loss as losses
+from tandem.engine.trainer import model
 from tandem.engine.trainer.finite import NonFiniteError
 from tandem.engine.trainer.megatron import MegatronTrainer
 from tandem.engine.trainer.mesh import build_mesh
@@ -54,6 +55,35 @@ def test_without_a_reference_the_rollouts_is_taken_and_every_token_weighed() -> 
     assert sums[losses.MISMATCH].item() == pytest.approx(apart_T.sum().item())
 
 
+@pytest.mark.parametrize("variant", ["mirror_descent", "grpo", "ppo_clip", "gspo", "rest", "token_level"])
+def test_the_coefficients_of_a_policy_that_is_its_reference_are_known_beforehand(variant: Any) -> None:
+    microbatch = _microbatch()
+    config = LossConfig(variant=variant, stale_segments="correct", importance_cap=1.5, scale=0.5)
+    reference_T = torch.where(microbatch.loss_mask_T, -torch.rand(microbatch.num_tokens), 0.0)
+    first = losses.Policy(config=config, normaliser=2.0, reference_T=reference_T, is_reference=True)
+    coefficients_T = losses.known_coefficients(first, microbatch)
+    assert coefficients_T is not None
+    logprobs_T = reference_T.clone().requires_grad_()
+    loss, _ = losses.microbatch_loss(first, microbatch, logprobs_T, torch.zeros_like(reference_T))
+    assert torch.equal(coefficients_T, torch.autograd.grad(loss, logprobs_T)[0])
+    assert coefficients_T.any()
+    later = losses.known_coefficients(dataclasses.replace(first, is_reference=False), microbatch)
+    if variant == "rest":  # it has no ratio to a reference
+        assert later is not None
+        assert torch.equal(later, coefficients_T)
+    else:
+        assert later is None
+    assert losses.known_coefficients(dataclasses.replace(first, reference_T=None), microbatch) is None
+
+
+def test_the_coefficients_of_cross_entropy_are_known_beforehand() -> None:
+    microbatch = _microbatch()
+    coefficients_T = losses.known_coefficients(losses.Supervised(normaliser=4.0), microbatch)
+    assert coefficients_T is not None
+    assert torch.equal(coefficients_T, torch.where(microbatch.loss_mask_T, -0.25, 0.0))
+    assert losses.known_coefficients(losses.Preference(normaliser=1.0, margins_P=torch.zeros(1)), microbatch) is None
+
+
 CONFIG = TrainerConfig(optimizer=OptimizerConfig(lr=1e-3))
 
 
@@ -74,6 +104,40 @@ def test_a_batch_split_in_any_way_reports_the_same(variant: Any) -> None:
     assert dict(four) == pytest.approx(dict(two), rel=2e-4, abs=1e-7)
     assert dict(two)["learning_rate"] == 5e-3
     assert dict(two)["kl"] > 0
+
+
+def _gradients(mesh: MeshConfig) -> list[tuple[list[str], torch.Tensor, torch.Tensor]]:
+    """Which function computed the log-probs, the sums and all gradients: in a single pass, then in two."""
+    trainer = MegatronTrainer(hf_config(), build_mesh(mesh, hf_config()), CONFIG, LossConfig(), 0.8, 1)
+    microbatches = microbatches_of(trainer.mesh)
+    kernel: Any = dict(vars(model))
+    called: list[str] = []
+
+    def noting(name: str) -> Any:
+        return lambda *args, **options: called.append(name) or kernel[name](*args, **options)
+
+    model.linear_logprob, model.linear_logprob_sum = noting("linear_logprob"), noting("linear_logprob_sum")
+    fixed: Any = {"config": LossConfig(), "normaliser": 8.0, "is_reference": True}
+    objectives = [losses.Policy(reference_T=reference_T, **fixed) for reference_T in trainer.logprobs(microbatches)]
+    found = []
+    for single_pass in (True, False):
+        called.clear()
+        trainer.config = dataclasses.replace(CONFIG, single_pass_logprobs=single_pass)
+        sums = trainer.accumulate_gradients(microbatches, objectives)
+        gradients: Any = [parameter.main_grad.flatten() for chunk in trainer.chunks for parameter in chunk.parameters()]  # pyright: ignore[reportAttributeAccessIssue]
+        found.append((sorted(set(called)), sums, torch.cat(gradients)))
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("mesh", [MeshConfig(tp=2, sequence_parallel=True), MeshConfig(pp=2, cp=2)], ids=["TP2", "PP2 CP2"])
+def test_a_gradient_computed_in_the_forward_pass_is_that_of_the_backward_pass(mesh: MeshConfig) -> None:
+    ranks = run_ranks(_gradients, mesh.tp * mesh.pp * mesh.cp, mesh)
+    assert len([rank for rank in ranks if rank[0][0]]) == mesh.tp * mesh.cp  # those of the last stage
+    for (called, sums, gradients), (called_twice, sums_twice, gradients_twice) in ranks:
+        assert (called, called_twice) in ((["linear_logprob_sum"], ["linear_logprob"]), ([], []))
+        assert torch.allclose(sums, sums_twice, rtol=1e-5, atol=1e-6)
+        assert (gradients - gradients_twice).norm() <= 1e-5 * gradients_twice.norm()
 
 
 def _not_finite(where: str) -> tuple[str, bool]:
