@@ -157,7 +157,7 @@ class TrainerConfig:
     single_pass_logprobs: bool = False
     """Compute the logits once and their gradient with them where the loss's coefficients are known before (the warm start; the first update
     of an iteration with loss.reference=recompute; all of loss.variant=rest): three products with the output layer in place of four, for a
-    gradient of its size that is held from a microbatch's forward to its backward pass. Rounded otherwise, so runs with and without it part."""
+    gradient of its size that is held from a microbatch's forward to its backward pass. Rounding differs, so runs with and without it do."""
     updates_per_iteration: int = 4
     """Optimizer steps on the responses of one iteration (not given in the paper)."""
     reset_optimizer: bool = True
