@@ -8,7 +8,7 @@
 # WHEELS=DIR: wheels of what is missing (megatron-core, tyro, docstring-parser, plotly) to unpack for this run.
 # SGLANG_PYTHON=FILE: interpreter of SGLang's environment; default .sglang/bin/python.
 # SGLANG_SITE=DIR: in place of that, a folder of packages that holds SGLang and what it needs, for the interpreter PYTHON: what an
-# archive of SGLang was unpacked to. Its packages come before the interpreter's own.
+# archive of benchmarks/sglang_site.sh was unpacked to. Its packages come before the interpreter's own.
 # ATTENTION=triton SAMPLING=pytorch: backends of SGLang on the GPU.  STEPS.  TIMEOUT_S=540: seconds for all, START_TIMEOUT_S=240: for the
 # server to start.
 # SLEEP_BUDGET_BYTES: above it the run ends; 8 GiB, so that a table tells of what a run with the default of 2 GiB would only refuse.
