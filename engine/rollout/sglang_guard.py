@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -21,7 +22,8 @@ _SCAN_S = 1.0  # between two looks at which files in shared memory the server ha
 _KILL_S = 10.0  # for processes to go after SIGKILL
 # SGLang maps one of the first per server, one of the second per server of several processes, and one of the third per lock that its
 # spawned processes share (of images, for example), and leaves them.
-SHARED_MEMORY = ("/dev/shm/sglang_loads_", "/dev/shm/sgl_shm_mq_", "/dev/shm/sem.mp-")
+OF_SGLANG = ("/dev/shm/sglang_loads_", "/dev/shm/sgl_shm_mq_")
+SHARED_MEMORY = (*OF_SGLANG, "/dev/shm/sem.mp-")
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the leader, which then stops this process
     stopped, stopping = os.pipe()
     signal.signal(signal.SIGTERM, lambda *_: os.write(stopping, b"x"))
-    server, files = None, set[str]()
+    server, files, started_s = None, set[str](), time.time()
     try:
         leader = os.pidfd_open(leader_pid)
         if os.getppid() == leader_pid:
@@ -41,7 +43,7 @@ def main() -> None:
             files = _wait([leader, os.pidfd_open(server.pid), stopped], server.pid)
     finally:
         status = _kill(server) if server is not None else 1
-        for file in files:
+        for file in files | orphans(started_s):
             Path(file).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(status)
@@ -63,14 +65,40 @@ def mapped_files(session: int) -> set[str]:
 
     Found by inode: who makes a semaphore maps it before it has its name, and its maps show another one, deleted since.
     """
-    names = dict[tuple[str, str], str]()  # by (device, inode) as maps show them
+    names = _names(SHARED_MEMORY)
+    return _mapped(processes(session), names) if names else set()
+
+
+def orphans(since_s: float) -> set[str]:
+    """SGLang's own files in shared memory that no process has mapped, of this user and since a moment (Unix time).
+
+    A server that ends by itself may have made one after the last look at what it has mapped.
+    """
+    names = _names(OF_SGLANG, since_s - 1)  # a file's times are those of the kernel's last tick
+    left = set(names.values())
+    for _ in range(2):  # who makes a file opens it, and maps it then
+        if left:
+            left -= _mapped((int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()), names)
+            time.sleep(0.05)
+    return left
+
+
+def _names(prefixes: tuple[str, ...], since_s: float = 0.0) -> dict[tuple[str, str], str]:
+    """This user's files in shared memory by (device, inode) as maps show them."""
+    names = dict[tuple[str, str], str]()
     for path in Path("/dev/shm").iterdir():
-        if str(path).startswith(SHARED_MEMORY):
+        if str(path).startswith(prefixes):
             with contextlib.suppress(OSError):
                 status = path.stat()
-                names[f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino)] = str(path)
+                if status.st_uid == os.geteuid() and status.st_ctime >= since_s:
+                    names[f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino)] = str(path)
+    return names
+
+
+def _mapped(pids: Iterable[int], names: Mapping[tuple[str, str], str]) -> set[str]:
+    """Those that one of the processes has mapped."""
     files = set[str]()
-    for pid in processes(session) if names else ():
+    for pid in pids:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
                 _, _, _, device, inode, *_ = line.split(maxsplit=5)

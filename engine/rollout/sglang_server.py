@@ -24,7 +24,7 @@ from typing import IO, Any
 from tandem.engine.architecture import Architecture
 from tandem.engine.config import SGLangConfig
 from tandem.engine.quantised import problem_of_engine, quantization_config
-from tandem.engine.rollout.sglang_guard import mapped_files
+from tandem.engine.rollout.sglang_guard import mapped_files, orphans
 from tandem.engine.rollout.sglang_health import cause_in, sessions, stacks
 from tandem.engine.rollout.sglang_versions import SGLangVersion, find_python, version_of
 from tandem.engine.rollout_config import Quantization
@@ -102,7 +102,7 @@ class SGLangServer:
         self._guard = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True)
         self._started_s = time.monotonic()
         self._files = set[str]()  # in shared memory
-        self._finalizer = weakref.finalize(self, _stop, self._guard, folder, self._files, os.getpid())
+        self._finalizer = weakref.finalize(self, _stop, self._guard, folder, self._files, time.time(), os.getpid())
 
     def _command(self, folder: Path) -> list[str]:
         setup, config = self.setup, self.setup.config
@@ -281,10 +281,10 @@ def _terminate(guard: subprocess.Popen[bytes]) -> None:
         guard.wait()
 
 
-def _stop(guard: subprocess.Popen[bytes], folder: Path, files: set[str], owner_pid: int) -> None:
+def _stop(guard: subprocess.Popen[bytes], folder: Path, files: set[str], started_s: float, owner_pid: int) -> None:
     """Runs at `close`, when the server is garbage, and at the interpreter's exit; in forked children it does nothing."""
     if os.getpid() == owner_pid:
         _terminate(guard)
-        for file in files:  # the guard has done this, unless it was killed, or was still starting
+        for file in files | orphans(started_s):  # the guard has done this, unless it was killed, or was still starting
             Path(file).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,5 +1,6 @@
 """What a server leaves in shared memory when it is killed goes with its guard; what others have there stays."""
 
+import mmap
 import multiprocessing
 import os
 import signal
@@ -47,3 +48,20 @@ def test_a_killed_server_s_semaphores_are_removed_and_no_others(ends: str, tmp_p
     assert not semaphore.exists()
     assert not (tmp_path / "server").exists()
     assert Path(f"/dev/shm/sem.{ours._semlock.name.removeprefix('/')}").exists()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_what_a_server_made_just_before_its_end_is_removed_and_what_others_have_mapped_stays(tmp_path: Path) -> None:
+    """It ends before anybody has looked at what it has."""
+    made, ours = (Path(f"/dev/shm/sglang_loads_test_{os.getpid()}_{name}.shm") for name in ("made", "ours"))
+    server = f"open({str(made)!r}, 'w').write('left behind')"
+    (tmp_path / "server").mkdir()
+    ours.write_bytes(b"in use")
+    try:
+        with ours.open("r+b") as file, mmap.mmap(file.fileno(), 0):
+            command = [sys.executable, "-m", "tandem.engine.rollout.sglang_guard", str(os.getpid()), str(tmp_path / "server")]
+            assert subprocess.run([*command, sys.executable, "-c", server], check=False, timeout=60).returncode == 0
+            assert not made.exists()
+            assert ours.exists()
+    finally:
+        ours.unlink()
+        made.unlink(missing_ok=True)
