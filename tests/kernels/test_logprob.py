@@ -278,3 +278,19 @@ def test_peak_memory_of_the_reference_is_at_most_a_tenth_of_plain_torch(num_toke
     assert peak(own, backward=True) <= 0.1 * both
     if num_tokens * vocab >= 16 * reference.ROW_LOGITS["cpu"]:  # it holds so many logits however few tokens there are
         assert peak(in_forward, backward=True) <= 0.1 * both
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_more_than_two_to_the_31_logits_are_counted_right() -> None:
+    """The reference; the Triton kernels, which have no [T, V] offsets either, have run this size on no machine."""
+    case = _case(1 << 17, (1 << 14) + 5, 2, device="cpu")
+    assert len(case.targets_T) * len(case.weight_VH) > 1 << 31
+    hidden = case.hidden_TH.requires_grad_()
+    logprobs, entropy = linear_logprob(hidden, case.weight_VH, case.targets_T)
+    (grad,) = torch.autograd.grad((logprobs * case.grad_logprobs_T).sum(), hidden)
+    for rows in (slice(0, 16), slice(-16, None)):
+        part = Case(case.hidden_TH[rows].detach(), case.weight_VH, *(x[rows] for x in case[2:]))
+        exact = _exact(part._replace(grad_entropy_T=torch.zeros(16)), 1.0)
+        for found, wanted, limit in zip((logprobs[rows], entropy[rows], grad[rows]), exact[:3], (2e-5, 2e-5, 2e-5), strict=True):
+            assert (found - wanted).abs().max() <= limit
